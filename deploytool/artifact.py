@@ -1,0 +1,149 @@
+"""An artifact: a folder with an engine's files and `artifact.json`, which says what they are and how they came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deploytool.errors import InputRefused, IntegrityBroken
+from deploytool.signature import Signature
+from deploytool.storage import read_json, sha256_file, write_json
+
+SCHEMA_VERSION = "1.0"
+MANIFEST = "artifact.json"
+REPORT = "report.json"
+GOLDEN = "golden"  # folder of recorded cases; see verify/golden.py
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: path relative to the folder with forward slashes, size in bytes, hex SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was done: its name, settings, seconds, and the versions of the packages that did it."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The content of one artifact folder.
+
+    backend     name of the file in `deploytool/backends/` that opens it
+    format      "source", "torchscript", "onnx", "openvino", "tensorrt"
+    entry       the main file, relative to the folder
+    precision   what the engine really computes in: "fp32", "int8", "fp16"
+    executes    False when the engine was built for hardware that is not here; then `entry` is the graph that the
+                compiler was given, and that is what runs when the artifact is opened
+    target      the profile it was built for, as data
+    model       what the user named, and the fingerprint of what that was: {"name", "ref", "fingerprint"}
+    settings    what `open` needs to know (threads, options)
+    """
+
+    folder: Path
+    backend: str
+    format: str
+    entry: str
+    precision: str
+    signature: Signature
+    executes: bool = True
+    target: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Step, ...] = ()
+    files: tuple[FileEntry, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the engine's own files: without golden cases, reports and manifest."""
+        return sum(f.size for f in self.files if not f.path.startswith(f"{GOLDEN}/"))
+
+    @property
+    def main_file(self) -> Path:
+        return self.folder / self.entry
+
+    def save(self) -> Artifact:
+        """Record every file of the folder and write `artifact.json`; returns the artifact with its files."""
+        done = replace(self, files=_scan(self.folder))
+        write_json(self.folder / MANIFEST, done.to_json())
+        return done
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "backend": self.backend,
+            "format": self.format,
+            "entry": self.entry,
+            "precision": self.precision,
+            "executes": self.executes,
+            "signature": self.signature.to_json(),
+            "target": dict(self.target),
+            "model": dict(self.model),
+            "settings": dict(self.settings),
+            "history": [{"name": s.name, "settings": dict(s.settings), "versions": dict(s.versions),
+                         "seconds": s.seconds} for s in self.history],
+            "files": [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in self.files],
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, folder: Path, *, check: bool = True) -> Artifact:
+        """Read a folder's `artifact.json`; with `check`, compare every file's checksum first."""
+        manifest = folder / MANIFEST
+        if not manifest.is_file():
+            raise InputRefused("DT309", f"an artifact folder must hold {MANIFEST} (got {folder})",
+                               fix="name a folder that `deploytool export` wrote")  # fmt: skip
+        try:
+            artifact = cls._from_json(folder, read_json(manifest))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputRefused("DT309", f"{manifest} must be a manifest of schema {SCHEMA_VERSION} (got: {error!r})",
+                               fix="export the model again") from error  # fmt: skip
+        if check:
+            artifact.check()
+        return artifact
+
+    @classmethod
+    def _from_json(cls, folder: Path, data: Mapping[str, Any]) -> Artifact:
+        if data["schema_version"].split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+            raise ValueError(f"schema_version {data['schema_version']}")
+        return cls(
+            folder=folder,
+            backend=data["backend"],
+            format=data["format"],
+            entry=data["entry"],
+            precision=data["precision"],
+            executes=data["executes"],
+            signature=Signature.from_json(data["signature"]),
+            target=data["target"],
+            model=data["model"],
+            settings=data["settings"],
+            history=tuple(Step(**step) for step in data["history"]),
+            files=tuple(FileEntry(**entry) for entry in data["files"]),
+        )
+
+    def check(self) -> None:
+        """Raise IntegrityBroken unless the folder holds exactly the files of the manifest, unchanged."""
+        known = {f.path: f for f in self.files}
+        there = {f.path: f for f in _scan(self.folder)}
+        problems = [f"missing: {p}" for p in {**known, self.entry: None} if p not in there]
+        problems += [f"added: {p}" for p in there if p not in known]
+        problems += [f"changed: {p}" for p, f in known.items() if p in there and there[p].sha256 != f.sha256]
+        if problems:
+            raise IntegrityBroken("DT601", f"{self.folder} must hold the files of its manifest, unchanged",
+                                  detail=problems, fix="export it again, or restore the files")  # fmt: skip
+
+
+def _scan(folder: Path) -> tuple[FileEntry, ...]:
+    """Every regular file but the manifest and the report, sorted by path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, REPORT))
+    return tuple(FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths)

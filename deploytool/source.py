@@ -1,0 +1,60 @@
+"""A source: a live module with what is needed to lower, verify and train it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploytool.signature import Signature
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+Predict = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """What the user named.
+
+    kind   "python" (a model file), "huggingface" (a folder or id), "compressed" (a folder that compress wrote)
+    name   short, for tables: "digits"
+    path   the file or folder, absolute
+    """
+
+    kind: str
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module in eval mode and what belongs to it.
+
+    module         called as `module(**feeds)`; may return a tensor or any nesting of tuples, dicts and dataclasses
+    flat           the same module as tensors in, tensors out, in the order of the signature: what lowering takes
+    samples        re-iterable; each sample is {input name: tensor}; the first is the example that is timed
+    evaluate       evaluate(predict) -> {metric: value}; predict maps named tensors to named output tensors
+    lower_is_better names of the metrics that are better when smaller
+    train_batches  one epoch of {input name: tensor, "target": tensor, ...} per call
+    loss           loss(outputs, batch) -> scalar tensor; outputs are the named outputs
+    prompts        token ids for the greedy-decoding check of language models
+    assets         files that belong to the model and ship with it (tokenizer)
+    dependencies   files and folders that the model was read from, for the cache key
+    """
+
+    ref: ModelRef
+    module: nn.Module
+    flat: nn.Module
+    signature: Signature
+    samples: Callable[[], Iterable[dict[str, Tensor]]]
+    evaluate: Callable[[Predict], dict[str, float]] | None = None
+    lower_is_better: tuple[str, ...] = ()
+    train_batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None
+    loss: Callable[[dict[str, Tensor], Batch], Tensor] | None = None
+    prompts: Callable[[], list[list[int]]] | None = None
+    assets: tuple[Path, ...] = ()
+    dependencies: tuple[Path, ...] = ()

@@ -1,0 +1,83 @@
+"""A target: the checked content of one TOML profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from deploytool import shipped
+from deploytool.errors import UsageProblem, nearest
+from deploytool.settings import Table, load_toml
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class Limits(Table):
+    """What parity may cost. `cosine_min` holds for the worst sample of every output; the others where given.
+
+    max_abs           largest absolute difference of any element
+    sqnr_db_min       signal to quantization noise ratio, decibels, over all samples of an output
+    agreement_min     share of equal decisions (argmax over the last axis), 0 to 1
+    metric_drop_max   how much of the task metric may be lost, relative to the reference's, 0 to 1
+    generation_min    share of greedily decoded tokens that must equal the reference's, 0 to 1
+    """
+
+    cosine_min: float = Field(ge=-1, le=1)
+    max_abs: float | None = Field(default=None, gt=0)
+    sqnr_db_min: float | None = None
+    agreement_min: float | None = Field(default=None, ge=0, le=1)
+    metric_drop_max: float = Field(default=0.01, ge=0, le=1)
+    generation_min: float | None = Field(default=None, ge=0, le=1)
+
+
+class Device(Table):
+    """What the artifact is for. `compute_capabilities` as TensorRT names them: "SM86"."""
+
+    architecture: str = "x86_64"
+    compute_capabilities: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class Runtime(Table):
+    """Settings of the engine at run time, part of the artifact. 0 threads: as many as physical cores."""
+
+    threads: int = Field(default=0, ge=0, le=1024)
+
+
+class Target(Table):
+    """One profile. `plain` names the unquantized target of the same backend that a quantized one must beat."""
+
+    name: str
+    description: str
+    backend: str
+    precision: Precision
+    parity: Limits
+    plain: str | None = None
+    device: Device = Device()
+    runtime: Runtime = Runtime()
+    build: dict[str, Any] = Field(default_factory=dict)  # checked by the backend's own settings table
+
+    def to_json(self) -> dict[str, Any]:
+        """The profile as data, for the artifact."""
+        return self.model_dump(mode="json")
+
+
+def load_target(name: str) -> Target:
+    """The profile of a shipped name, or of a TOML file when `name` holds a slash or a suffix."""
+    path = shipped.find("targets", name, ".toml")
+    if path is None:
+        raise UsageProblem("DT201", f"the target must be a shipped name or a profile's path (got {name!r})",
+                           detail=[nearest(name, target_names())],
+                           fix="`deploytool targets list` shows them")  # fmt: skip
+    return load_profile(path)
+
+
+def load_profile(path: Path) -> Target:
+    """Read and check one profile."""
+    return load_toml(path, Target)
+
+
+def target_names() -> list[str]:
+    """Names of the shipped profiles, sorted."""
+    return shipped.names("targets", ".toml")

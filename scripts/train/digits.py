@@ -1,0 +1,33 @@
+"""Train models/digits.py: `python scripts/train/digits.py`, about a minute on two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from fit import Batch, model_source, train
+from torch import Tensor
+
+source = model_source("digits")
+
+
+def moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image turned by up to 0.2 rad, scaled by up to 10 % and shifted by up to one pixel: another hand's digit."""
+    angle, scale, right, down = (torch.rand(4, len(images), generator=generator) * 2 - 1)
+    angle, scale = 0.2 * angle, 1 + 0.1 * scale
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = [torch.stack([cos, -sin, right / 4], dim=1), torch.stack([sin, cos, down / 4], dim=1)]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def batches(epoch: int) -> Iterator[Batch]:
+    """The training part in the epoch's order, every image moved a little."""
+    generator = torch.Generator().manual_seed(epoch)
+    for batch in source.train_batches(epoch):
+        yield {**batch, "image": moved(batch["image"], generator)}
+
+
+if __name__ == "__main__":
+    train(source, source.DigitTransformer, epochs=60, batches=batches, peak=3e-3)
