@@ -1,0 +1,59 @@
+"""Recorded cases: inputs and outputs of one run as an `.npz` file, without pickle.
+
+Keys: `in.NAME` inputs, `ref.NAME` the reference's outputs, `out.NAME` the artifact's own outputs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from deploytool.errors import InputRefused
+from deploytool.signature import Outputs
+from deploytool.storage import write_bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded run; `reference` and `outputs` are empty where they were not recorded."""
+
+    inputs: Outputs
+    reference: Outputs = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the case; the same arrays give the same bytes."""
+        buffer = io.BytesIO()
+        arrays = {f"{kind}.{name}": array for kind, group in self._groups().items() for name, array in group.items()}
+        np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        write_bytes(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Case:
+        groups: dict[str, Outputs] = {"in": {}, "ref": {}, "out": {}}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                for key in file.files:
+                    kind, _, name = key.partition(".")
+                    groups[kind][name] = file[key]
+        except (KeyError, ValueError, OSError) as error:
+            raise InputRefused("DT311", f"{path} must be a recorded case (got: {error})") from error
+        return cls(groups["in"], groups["ref"], groups["out"])
+
+    def _groups(self) -> Mapping[str, Outputs]:
+        return {"in": self.inputs, "ref": self.reference, "out": self.outputs}
+
+
+def case_files(folder: Path) -> list[Path]:
+    """The case files of a folder in their order."""
+    return sorted(folder.glob("*.npz"))
+
+
+def read_cases(folder: Path) -> Iterator[Case]:
+    """The cases of a folder, one in memory at a time."""
+    for path in case_files(folder):
+        yield Case.load(path)
