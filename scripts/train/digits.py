@@ -13,11 +13,11 @@ source = model_source("digits")
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to 0.2 rad, scaled by up to 10 % and shifted by up to one pixel: another hand's digit."""
+    """Each image turned by up to 0.1 rad, scaled by up to 5 % and shifted by up to half a pixel: another hand's digit."""
     angle, scale, right, down = (torch.rand(4, len(images), generator=generator) * 2 - 1)
-    angle, scale = 0.2 * angle, 1 + 0.1 * scale
+    angle, scale = 0.1 * angle, 1 + 0.05 * scale
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    rows = [torch.stack([cos, -sin, right / 4], dim=1), torch.stack([sin, cos, down / 4], dim=1)]
+    rows = [torch.stack([cos, -sin, right / 8], dim=1), torch.stack([sin, cos, down / 8], dim=1)]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -30,4 +30,4 @@ def batches(epoch: int) -> Iterator[Batch]:
 
 
 if __name__ == "__main__":
-    train(source, source.DigitTransformer, epochs=60, batches=batches, peak=3e-3)
+    train(source, source.DigitTransformer, epochs=60, batches=batches, peak=2e-3)
