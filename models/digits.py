@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 FILES = [WEIGHTS]
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self._heads(projection(x)) for projection in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = scaled_dot_product_attention(q, k, v)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(gelu(self.up(self.norm2(x))))
 
 
 class DigitTransformer(nn.Module):
@@ -129,4 +129,4 @@ def train_batches(epoch: int = 0) -> Iterator[Feeds]:
 
 def loss(outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of the ten classes, in nats per image."""
-    return F.cross_entropy(outputs["logits"], batch["target"])
+    return cross_entropy(outputs["logits"], batch["target"])
