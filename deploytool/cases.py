@@ -29,7 +29,7 @@ class Case:
         """Write the case; the same arrays give the same bytes."""
         buffer = io.BytesIO()
         arrays = {f"{kind}.{name}": array for kind, group in self._groups().items() for name, array in group.items()}
-        np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, allow_pickle=False, **arrays)
         write_bytes(path, buffer.getvalue())
 
     @classmethod

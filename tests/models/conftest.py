@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
