@@ -101,6 +101,8 @@ CODES: dict[str, str] = {
     "DT101": "Parity failed: the artifact's outputs differ from the reference by more than the profile allows.",
     "DT102": "The release gate said no: the candidate breaks the contract, a metric, size or speed of the release.",
     "DT103": "The bundle's self-test failed: golden inputs no longer give the golden outputs.",
+    "DT104": "Compression loses more of a metric than the recipe's [quality] allows.",
+    "DT105": "Training diverged: a loss or a gradient is NaN or infinite.",
     "DT201": "The command line holds an unknown name or option.",
     "DT202": "A TOML file (profile, recipe or project file) has unknown keys, wrong types or values out of range.",
     "DT203": "The output already exists; nothing is overwritten unless asked.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,9 @@ class Source:
     prompts        token ids for the greedy-decoding check of language models
     assets         files that belong to the model and ship with it (tokenizer)
     dependencies   files and folders that the model was read from, for the cache key
+    original       the uncompressed model that a compressed one is verified against; None when this is one itself
+    edits          structural changes made to the original's module, in their order, as `load.surgery` applies them
+    masks          {parameter name: bool tensor}, False where a weight was pruned and must stay zero
     """
 
     ref: ModelRef
@@ -58,3 +61,6 @@ class Source:
     prompts: Callable[[], list[list[int]]] | None = None
     assets: tuple[Path, ...] = ()
     dependencies: tuple[Path, ...] = ()
+    original: ModelRef | None = None
+    edits: tuple[Mapping[str, Any], ...] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
