@@ -58,7 +58,8 @@ def test_samples_cover_the_free_dimensions(name: str, source: Callable[[str], Mo
     assert all(len(sizes) > 1 for sizes in seen.values()), seen
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_a_trace_of_the_first_sample_is_right_at_every_other(
     name: str, source: Callable[[str], ModuleType], model: Callable[[str], nn.Module], positional: Open
 ) -> None:
