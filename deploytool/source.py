@@ -44,6 +44,7 @@ class Source:
     prompts        token ids for the greedy-decoding check of language models
     assets         files that belong to the model and ship with it (tokenizer)
     dependencies   files and folders that the model was read from, for the cache key
+    synthetic      True when the samples are made up, since the model came with no data; reports say so
     original       the uncompressed model that a compressed one is verified against; None when this is one itself
     edits          structural changes made to the original's module, in their order, as `load.surgery` applies them
     masks          {parameter name: bool tensor}, False where a weight was pruned and must stay zero
@@ -61,6 +62,7 @@ class Source:
     prompts: Callable[[], list[list[int]]] | None = None
     assets: tuple[Path, ...] = ()
     dependencies: tuple[Path, ...] = ()
+    synthetic: bool = False
     original: ModelRef | None = None
     edits: tuple[Mapping[str, Any], ...] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,61 @@
+"""The shapes that parity is taken at: the samples' own, and where those are few, real ones joined or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from deploytool.signature import Outputs, Signature
+
+WANTED_SHAPES = 3
+_JOINED = (2, 3)
+
+
+def parity_feeds(signature: Signature, samples: Iterable[Mapping[str, np.ndarray]]) -> list[Outputs]:
+    """Feeds for parity: every sample, then derived ones until a free dimension is seen at three sizes.
+
+    Derived feeds are real data too: samples joined along "batch", or a dimension of their own cut to a half and a
+    quarter. A dimension is cut only where it alone is free (a mask's total length follows two others).
+    """
+    feeds = [dict(sample) for sample in samples]
+    for dim in signature.free:
+        if len({sizes[dim] for sizes in map(signature.bind, feeds)}) < WANTED_SHAPES:
+            feeds += _joined(signature, feeds, dim) if dim == "batch" else _cut(signature, feeds, dim)
+    return feeds
+
+
+def shapes(signature: Signature, feeds: Sequence[Outputs]) -> int:
+    """How many different sets of free sizes the feeds have."""
+    return len({tuple(sorted(signature.bind(f).items())) for f in feeds})
+
+
+def _joined(signature: Signature, feeds: Sequence[Outputs], dim: str) -> list[Outputs]:
+    """The first feed repeated with its likes: all feeds whose other free sizes are equal to the first's."""
+    others = [{k: v for k, v in signature.bind(f).items() if k != dim} for f in feeds]
+    alike = [f for f, o in zip(feeds, others, strict=True) if o == others[0]]
+    return [_join(signature, [alike[i % len(alike)] for i in range(count)], dim) for count in _JOINED]
+
+
+def _join(signature: Signature, feeds: Sequence[Outputs], dim: str) -> Outputs:
+    joined = dict(feeds[0])
+    for spec in signature.inputs:
+        if dim in spec.shape:
+            joined[spec.name] = np.concatenate([f[spec.name] for f in feeds], axis=spec.shape.index(dim))
+    return joined
+
+
+def _cut(signature: Signature, feeds: Sequence[Outputs], dim: str) -> list[Outputs]:
+    longest = max(feeds, key=lambda f: signature.bind(f)[dim])
+    size = signature.bind(longest)[dim]
+    kept = sorted({part for part in (size // 2, size // 4) if part > 0})
+    return [_take(signature, longest, dim, part) for part in kept]
+
+
+def _take(signature: Signature, feeds: Outputs, dim: str, size: int) -> Outputs:
+    cut = dict(feeds)
+    for spec in signature.inputs:
+        for axis, name in enumerate(spec.shape):
+            if name == dim:
+                cut[spec.name] = np.take(cut[spec.name], range(size), axis=axis)
+    return cut
