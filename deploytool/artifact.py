@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,13 +106,23 @@ class Artifact:
             raise InputRefused("DT309", f"an artifact folder must hold {MANIFEST} (got {folder})",
                                fix="name a folder that `deploytool export` wrote")  # fmt: skip
         try:
-            artifact = cls._from_json(folder, read_json(manifest))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputRefused("DT309", f"{manifest} must be a manifest of schema {SCHEMA_VERSION} (got: {error!r})",
+            data = read_json(manifest)
+        except ValueError as error:
+            raise InputRefused("DT309", f"{manifest} must be JSON in UTF-8 (got: {error})",
                                fix="export the model again") from error  # fmt: skip
+        artifact = cls.from_json(folder, data)
         if check:
             artifact.check()
         return artifact
+
+    @classmethod
+    def from_json(cls, folder: Path, data: Mapping[str, Any]) -> Artifact:
+        """The artifact that `to_json` described; `folder` is where its files lie. Raises InputRefused."""
+        try:
+            return cls._from_json(folder, data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputRefused("DT309", f"{folder / MANIFEST} must follow schema {SCHEMA_VERSION} (got: {error!r})",
+                               fix="export the model again") from error  # fmt: skip
 
     @classmethod
     def _from_json(cls, folder: Path, data: Mapping[str, Any]) -> Artifact:
@@ -137,13 +149,24 @@ class Artifact:
         there = {f.path: f for f in _scan(self.folder)}
         problems = [f"missing: {p}" for p in {**known, self.entry: None} if p not in there]
         problems += [f"added: {p}" for p in there if p not in known]
-        problems += [f"changed: {p}" for p, f in known.items() if p in there and there[p].sha256 != f.sha256]
+        problems += [f"changed: {p}" for p, f in known.items() if p in there and there[p] != f]
+        problems += [f"named twice: {p}" for p in known if len([f for f in self.files if f.path == p]) > 1]
         if problems:
             raise IntegrityBroken("DT601", f"{self.folder} must hold the files of its manifest, unchanged",
                                   detail=problems, fix="export it again, or restore the files")  # fmt: skip
 
 
 def _scan(folder: Path) -> tuple[FileEntry, ...]:
-    """Every regular file but the manifest and the report, sorted by path."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, REPORT))
-    return tuple(FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths)
+    """Every file but the folder's manifest and report, sorted by path; raises IntegrityBroken at a link or device."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(root, name)
+            kind = path.lstat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise IntegrityBroken("DT601", f"an artifact must hold regular files only (got {path})",
+                                      fix="replace links by the files that they point to")  # fmt: skip
+        found += [Path(root, name) for name in names]
+    paths = {p.relative_to(folder).as_posix(): p for p in found}
+    return tuple(FileEntry(name, paths[name].stat().st_size, sha256_file(paths[name]))
+                 for name in sorted(paths) if name not in (MANIFEST, REPORT))  # fmt: skip

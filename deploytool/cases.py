@@ -6,6 +6,8 @@ Keys: `in.NAME` inputs, `ref.NAME` the reference's outputs, `out.NAME` the artif
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +38,12 @@ class Case:
     def load(cls, path: Path) -> Case:
         groups: dict[str, Outputs] = {"in": {}, "ref": {}, "out": {}}
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 for key in file.files:
                     kind, _, name = key.partition(".")
                     groups[kind][name] = file[key]
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError, EOFError, MemoryError, NotImplementedError,
+                zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
             raise InputRefused("DT311", f"{path} must be a recorded case (got: {error})") from error
         return cls(groups["in"], groups["ref"], groups["out"])
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from deploytool.errors import EnvironmentLacking, UsageProblem
 
@@ -36,14 +36,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, also after a power cut."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` when the block ends well: the old one or the whole new one, never half."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+            with os.fdopen(handle, "w+b") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -52,6 +53,12 @@ def write_bytes(path: Path, data: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one, also after a power cut."""
+    with new_file(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, data: Any) -> None:
