@@ -73,7 +73,7 @@ class NamedModel(nn.Module):
         self.model = model
 
     def forward(self, **feeds: Tensor) -> dict[str, Tensor]:
-        """Takes the model's own inputs by name; returns its tensors, e.g. last_hidden_state [batch, sequence, width]."""
+        """Takes the model's inputs by name; returns its tensors, e.g. last_hidden_state [batch, sequence, width]."""
         outputs = self.model(**feeds, return_dict=True)
         return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
@@ -85,7 +85,7 @@ def _encoder(model: Any, folder: Path) -> tuple[nn.Module, list[dict[str, Tensor
     limit = min(getattr(model.config, "max_position_embeddings", 512), 512)
     batches = text_batches(_tokenize(model, folder), limit)
     samples = [dict(zip(names, (ids, mask, torch.zeros_like(ids)), strict=False)) for ids, mask in batches]
-    return NamedModel(model), samples, {name: ("batch", "sequence") for name in names}
+    return NamedModel(model), samples, dict.fromkeys(names, ("batch", "sequence"))
 
 
 def _causal(model: Any, folder: Path) -> tuple[nn.Module, list[dict[str, Tensor]], Declared]:

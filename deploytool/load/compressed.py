@@ -1,0 +1,164 @@
+"""The folder that `compress` writes, which is a model again: `compressed.json` and `weights.safetensors`.
+
+No code and no pickle: the original model is opened, the recorded edits are made again and the weights put in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deploytool import shipped
+from deploytool.errors import DeployError, InputRefused, IntegrityBroken, UsageProblem
+from deploytool.load.infer import refuse_non_finite
+from deploytool.load.model import open_source
+from deploytool.load.resolve import COMPRESSED
+from deploytool.load.surgery import apply_edits, with_module
+from deploytool.settings import Table
+from deploytool.source import ModelRef, Source
+from deploytool.storage import new_folder, read_json, sha256_file, write_json
+
+WEIGHTS = "weights.safetensors"
+SCHEMA_VERSION = "1.0"
+
+
+class _Original(Table):
+    kind: str
+    name: str
+    path: str
+
+
+class _Document(Table):
+    """`ties`: {name: name under which its tensor is stored}; `masked`: weights whose zeros must stay zero."""
+
+    schema_version: Literal["1.0"]
+    original: _Original
+    original_sha256: str
+    weights_sha256: str
+    edits: list[dict[str, Any]]
+    masked: list[str]
+    ties: dict[str, str]
+    signature: dict[str, Any]
+    report: dict[str, Any]
+
+
+def save_compressed(source: Source, original: Source, report: dict[str, Any], out: Path, *, overwrite: bool) -> None:
+    """Write the folder of a compressed source, whole or not at all."""
+    state, ties = _untied(source.module.state_dict())
+    with new_folder(out, overwrite=overwrite) as folder:
+        save_file(state, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)
+        ref = original.ref
+        write_json(folder / COMPRESSED, {
+            "schema_version": SCHEMA_VERSION,
+            "original": {"kind": ref.kind, "name": ref.name, "path": ref.path},
+            "original_sha256": state_sha256(original.module),
+            "weights_sha256": sha256_file(folder / WEIGHTS),
+            "edits": [dict(edit) for edit in source.edits],
+            "masked": sorted(source.masks),
+            "ties": ties,
+            "signature": source.signature.to_json(),
+            "report": report,
+        })  # fmt: skip
+
+
+def open_compressed(ref: ModelRef) -> Source:
+    """The Source in a folder; its samples, metrics and losses are the original model's."""
+    folder = Path(ref.path)
+    document = _read(folder / COMPRESSED)
+    original = _open_original(document, folder)
+    state = _load_weights(folder / WEIGHTS, document)
+    apply_edits(original.module, document.edits)
+    _fill(original.module, state)
+    return with_module(
+        original, original.module, ref=ref, original=original.ref, edits=tuple(document.edits),
+        masks={name: state[name] != 0 for name in document.masked},
+        dependencies=(folder / COMPRESSED, folder / WEIGHTS, *original.dependencies),
+    )  # fmt: skip
+
+
+def state_sha256(module: nn.Module) -> str:
+    """Hex SHA-256 over the names, types, shapes and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _untied(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every distinct tensor once, and for the other names the one that they share."""
+    stored: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise UsageProblem("DT204", f"the state of a compressed model must be tensors (got {name}: "
+                               f"{type(tensor).__name__})")  # fmt: skip
+        key = (tensor.data_ptr() or name, tensor.dtype, tensor.shape, tensor.stride())
+        if first.setdefault(key, name) == name:
+            stored[name] = tensor.detach().cpu().contiguous().clone()  # a copy: safetensors refuses overlapping views
+        else:
+            ties[name] = first[key]
+    return stored, ties
+
+
+def _read(path: Path) -> _Document:
+    try:
+        return _Document.model_validate(read_json(path))
+    except (ValidationError, ValueError, OSError) as error:
+        raise InputRefused("DT314", f"{path} must describe a compressed model (got: {str(error)[:500]})",
+                           fix="compress the model again, or with this version of deploytool") from error  # fmt: skip
+
+
+def _open_original(document: _Document, folder: Path) -> Source:
+    kind, name, path = document.original.kind, document.original.name, document.original.path
+    moved = shipped.find("models", name, ".py") if kind == "python" and not Path(path).is_file() else None
+    if kind == "python" and moved is None and not Path(path).is_file():
+        raise InputRefused("DT301", f"the original model of {folder.name} must be at {path} (there is no such file)")
+    original = open_source(ModelRef(kind, name, str(moved) if moved else path))
+    names = [[spec["name"] for spec in document.signature[side]] for side in ("inputs", "outputs")]
+    if names != [list(original.signature.input_names), list(original.signature.output_names)]:
+        raise _changed(folder, f"its inputs and outputs were {', '.join(names[0])} -> {', '.join(names[1])}")
+    if state_sha256(original.module) != document.original_sha256:
+        raise _changed(folder, "its weights are not those that were compressed")
+    return original
+
+
+def _changed(folder: Path, what: str) -> DeployError:
+    return InputRefused("DT314", f"the original model must be the one that {folder.name} was made from (it has changed)",
+                        detail=[what], fix="compress the model again")  # fmt: skip
+
+
+def _load_weights(path: Path, document: _Document) -> dict[str, Tensor]:
+    if not path.is_file() or sha256_file(path) != document.weights_sha256:
+        raise IntegrityBroken("DT601", f"{path} must be the file that {COMPRESSED} names (missing or changed)")
+    try:
+        stored = load_file(path)
+        state = {**stored, **{name: stored[owner] for name, owner in document.ties.items()}}
+        missing = [name for name in document.masked if name not in state]
+    except (SafetensorError, KeyError) as error:
+        raise InputRefused("DT314", f"{path} must hold the weights that {COMPRESSED} lists (got: {error})") from error
+    if missing:
+        raise InputRefused("DT314", f"{path} must hold the masked weights (missing: {', '.join(missing)})")
+    refuse_non_finite(state)
+    return state
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the tensors in; names that share a tensor become one parameter again."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    made = {id(tensor): nn.Parameter(tensor, requires_grad=False) for name, tensor in state.items()
+            if name in parameters}  # fmt: skip
+    try:
+        module.load_state_dict({n: made[id(t)] if n in parameters else t for n, t in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise InputRefused("DT314", "the compressed weights must fit the original model's layers",
+                           detail=str(error).splitlines()[1:11], fix="the model has changed: compress it again") from error  # fmt: skip

@@ -1,0 +1,65 @@
+"""Structural changes to a module, named so that they can be written to a file and made again on a fresh module.
+
+An edit is {"kind": a key of EDITS, "layer": the layer's dotted name, ...}. A compressed folder holds its edits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import skip_init
+
+from deploytool.errors import InputRefused, nearest
+from deploytool.load.flat import FlatModule
+from deploytool.source import Source
+
+Edit = Mapping[str, Any]
+
+
+def with_module(source: Source, module: nn.Module, **changes: Any) -> Source:
+    """The source with another module in eval mode, its flat form made anew."""
+    module.eval().requires_grad_(False)
+    names = source.signature.input_names, source.signature.output_names
+    return dataclasses.replace(source, module=module, flat=FlatModule(module, *names), **changes)
+
+
+def replace_layer(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` in the place that the dotted `name` says, in eval mode."""
+    parent, _, child = name.rpartition(".")
+    root.get_submodule(parent).register_module(child, layer.eval())
+
+
+def replace_linear_by_pair(root: nn.Module, name: str, rank: int) -> nn.Sequential:
+    """Replace Linear(n, m) by Linear(n, rank, no bias), Linear(rank, m); the new weights are not set yet."""
+    old = root.get_submodule(name)
+    if not isinstance(old, nn.Linear):
+        raise ValueError(f"layer {name!r} must be a Linear, not a {type(old).__name__}")
+    kind = {"device": old.weight.device, "dtype": old.weight.dtype}
+    pair = nn.Sequential(
+        skip_init(nn.Linear, old.in_features, rank, bias=False, **kind),
+        skip_init(nn.Linear, rank, old.out_features, bias=old.bias is not None, **kind),
+    )
+    replace_layer(root, name, pair)
+    return pair
+
+
+EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
+    "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
+}
+
+
+def apply_edits(root: nn.Module, edits: Iterable[Edit]) -> None:
+    """Make the edits in their order; raises InputRefused when one does not fit the module."""
+    for edit in edits:
+        if edit.get("kind") not in EDITS:
+            raise InputRefused("DT314", f"an edit must be of a known kind (got {edit.get('kind')!r})",
+                               detail=[nearest(str(edit.get("kind")), EDITS)],
+                               fix="a newer deploytool may have written the folder")  # fmt: skip
+        try:
+            EDITS[edit["kind"]](root, edit)
+        except (AttributeError, KeyError, ValueError, TypeError) as error:
+            raise InputRefused("DT314", f"edit {dict(edit)} must fit the model (got: {error})",
+                               fix="the model has changed: compress it again") from error  # fmt: skip

@@ -1,0 +1,117 @@
+"""What every target needs, made once per model in one process: reference outputs, calibration feeds, the ONNX graph.
+
+Written to a folder of the cache:
+
+    signature.json        the model's signature
+    prepared.json         what was done: model, seconds, versions, whether the samples are synthetic
+    cases/NNN.npz         inputs and the eager reference's outputs; 000 is the example that is timed
+    calibration/NNN.npz   inputs only: training batches where the model has them, else its samples
+    onnx/                 the portable artifact
+    assets/               tokenizer and the like
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deploytool.cases import Case
+from deploytool.errors import InputRefused
+from deploytool.load.model import open_source
+from deploytool.load.variants import parity_feeds, shapes
+from deploytool.lower.onnx import lower_onnx
+from deploytool.signature import Outputs, Signature
+from deploytool.source import ModelRef, Source
+from deploytool.storage import write_json
+
+_CALIBRATION_SAMPLES = 32
+
+
+def prepare_job(ref: Mapping[str, str], out: str, exporter: str, seed: int) -> dict[str, Any]:
+    """Fill the folder `out` for a model; returns the content of prepared.json and the files it depends on."""
+    torch.manual_seed(seed)
+    folder = Path(out)
+    started = time.perf_counter()
+    source = open_source(ModelRef(**ref))
+    loaded = time.perf_counter()
+    feeds = _record_cases(source, folder / "cases")
+    _record_calibration(source, folder / "calibration")
+    recorded = time.perf_counter()
+    portable = lower_onnx(source, folder / "onnx", exporter=exporter)  # type: ignore[arg-type]
+    _copy_assets(source.assets, folder / "assets")
+    prepared = {
+        "name": source.ref.name,
+        "synthetic": source.synthetic,
+        "shapes": shapes(source.signature, feeds),
+        "cases": len(feeds),
+        "lower_is_better": list(source.lower_is_better),
+        "has_evaluate": source.evaluate is not None,
+        "has_prompts": source.prompts is not None,
+        "original": None if source.original is None else vars(source.original),
+        "exporter": portable.history[-1].settings.get("exporter"),
+        "seconds": {"load": loaded - started, "reference": recorded - loaded,
+                    "lower": time.perf_counter() - recorded},
+    }  # fmt: skip
+    write_json(folder / "signature.json", source.signature.to_json())
+    write_json(folder / "prepared.json", prepared)
+    return {**prepared, "dependencies": [str(p) for p in source.dependencies]}
+
+
+def _record_cases(source: Source, folder: Path) -> list[Outputs]:
+    """Run the reference (the uncompressed module) on every parity feed; returns the feeds."""
+    reference = source if source.original is None else open_source(source.original)
+    if reference.signature != source.signature:
+        raise InputRefused("DT303", "a compressed model must have the inputs and outputs of its original",
+                           detail=[f"original: {reference.signature}", f"compressed: {source.signature}"])  # fmt: skip
+    feeds = parity_feeds(source.signature, map(_arrays, source.samples()))
+    for index, inputs in enumerate(feeds):
+        outputs = _run(reference, inputs)
+        _refuse_nan(reference.signature, outputs, index)
+        Case(inputs, reference=outputs).save(folder / f"{index:03d}.npz")
+    return feeds
+
+
+def _run(source: Source, feeds: Outputs) -> Outputs:
+    with torch.inference_mode():
+        tensors = source.flat(*(torch.from_numpy(feeds[name]) for name in source.signature.input_names))
+    return {name: t.numpy() for name, t in zip(source.signature.output_names, tensors, strict=True)}
+
+
+def _refuse_nan(signature: Signature, outputs: Outputs, index: int) -> None:
+    bad = [name for name, array in outputs.items() if array.dtype.kind == "f" and np.isnan(array).any()]
+    if bad:
+        raise InputRefused("DT304", f"the model's outputs must be numbers (case {index}: NaN in {', '.join(bad)})",
+                           fix="mend the model or the sample; nothing can be compared with NaN")  # fmt: skip
+
+
+def _record_calibration(source: Source, folder: Path) -> None:
+    batches: Iterable[Mapping[str, Tensor]] = source.samples()
+    if source.train_batches is not None:
+        batches = source.train_batches()
+    for index, batch in enumerate(itertools.islice(batches, _CALIBRATION_SAMPLES)):
+        inputs = {name: batch[name] for name in source.signature.input_names}
+        Case(_arrays(inputs)).save(folder / f"{index:03d}.npz")
+
+
+def _arrays(sample: Mapping[str, Tensor]) -> Outputs:
+    return {name: np.array(tensor.detach().numpy(), order="C") for name, tensor in sample.items()}
+
+
+def _copy_assets(assets: Iterable[Path], folder: Path) -> None:
+    folder.mkdir()
+    for path in assets:
+        shutil.copyfile(path, folder / path.name)
+
+
+def read_calibration(folder: Path) -> Iterator[Outputs]:
+    """The calibration feeds of a prepared folder."""
+    for path in sorted((folder / "calibration").glob("*.npz")):
+        yield Case.load(path).inputs

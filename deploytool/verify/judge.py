@@ -1,0 +1,74 @@
+"""Figures against a profile's limits: what is wrong, in sentences. Saved figures can be judged again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploytool.target import Limits
+
+
+def judge_parity(parity: Mapping[str, Any], limits: Limits) -> list[str]:
+    """What is wrong with figures that `parity_job` returned, one sentence each; empty when they pass."""
+    if not parity["cases"] or not parity["outputs"]:
+        return ["nothing was compared"]
+    wrong = []
+    for name, figures in parity["outputs"].items():
+        wrong += [f"output {name!r}: {problem}" for problem in figures["problems"]]
+        wrong += [f"output {name!r}: {sentence}" for sentence in _beyond(figures, limits)]
+    return wrong
+
+
+def _beyond(figures: Mapping[str, Any], limits: Limits) -> list[str]:
+    wrong = []
+    if figures["cosine"] < limits.cosine_min:
+        wrong.append(f"cosine of the worst sample must be at least {limits.cosine_min} "
+                     f"(got {figures['cosine']:.6f} at {figures['worst_sample']})")  # fmt: skip
+    if limits.max_abs is not None and figures["max_abs"] > limits.max_abs:
+        wrong.append(f"largest absolute error must be at most {limits.max_abs} (got {figures['max_abs']:.3g})")
+    if limits.sqnr_db_min is not None and figures["sqnr_db"] < limits.sqnr_db_min:
+        wrong.append(f"SQNR must be at least {limits.sqnr_db_min} dB (got {figures['sqnr_db']:.1f})")
+    agreement = figures["agreement"]
+    if limits.agreement_min is not None and agreement is not None and agreement < limits.agreement_min:
+        wrong.append(f"share of equal decisions must be at least {limits.agreement_min} (got {agreement:.4f})")
+    return wrong
+
+
+def compare_quality(
+    reference: Mapping[str, Any], candidate: Mapping[str, Any], lower_is_better: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    """The report's "quality" and "generation" from what two `quality_job`s returned."""
+    quality = {
+        name: {
+            "reference": value,
+            "candidate": candidate["metrics"].get(name),
+            "lower_is_better": name in lower_is_better,
+        }
+        for name, value in reference["metrics"].items()
+    }
+    if not reference["tokens"]:
+        return quality, None
+    pairs = [(a, b) for r, c in zip(reference["tokens"], candidate["tokens"], strict=True)
+             for a, b in zip(r, c, strict=True)]  # fmt: skip
+    same = sum(a == b for a, b in pairs)
+    return quality, {"prompts": len(reference["tokens"]), "tokens": len(pairs), "agreement": same / len(pairs)}
+
+
+def judge_quality(
+    quality: Mapping[str, Mapping[str, Any]], generation: Mapping[str, Any] | None, limits: Limits
+) -> list[str]:
+    """What is wrong with the task metrics and decoded tokens, one sentence each."""
+    wrong = []
+    for name, pair in quality.items():
+        if pair["candidate"] is None:
+            wrong.append(f"metric {name!r} is missing")
+            continue
+        sign = -1.0 if pair["lower_is_better"] else 1.0
+        lost = sign * (pair["reference"] - pair["candidate"]) / max(abs(pair["reference"]), 1e-12)
+        if lost > limits.metric_drop_max:
+            wrong.append(f"metric {name!r} may lose {limits.metric_drop_max:.2%} "
+                         f"(reference {pair['reference']:.6g}, got {pair['candidate']:.6g})")  # fmt: skip
+    if limits.generation_min is not None and generation and generation["agreement"] < limits.generation_min:
+        wrong.append(f"share of greedily decoded tokens equal to the reference's must be at least "
+                     f"{limits.generation_min} (got {generation['agreement']:.4f})")  # fmt: skip
+    return wrong

@@ -1,0 +1,51 @@
+"""An artifact's outputs against the reference's, on every recorded case; nothing is skipped, nothing passes unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deploytool.artifact import Artifact
+from deploytool.backends.base import open_artifact
+from deploytool.cases import Case, case_files
+from deploytool.errors import InputRefused
+from deploytool.verify.metrics import Difference
+
+GOLDEN_CASES = 3
+_GOLDEN_BYTES = 64_000_000
+
+
+def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str, Any]:
+    """Run every case of the folder `cases` on an artifact and compare (in a worker).
+
+    With `golden`, the smallest cases are written there with the artifact's own outputs. Returns
+    {"cases": n, "outputs": {name: figures}}; see Difference for the figures.
+    """
+    opened = Artifact.load(Path(artifact), check=False)
+    files = case_files(Path(cases))
+    if not files:
+        raise InputRefused("DT303", f"{cases} must hold at least one case to compare (got none)")
+    kept = _smallest(files) if golden else set()
+    batched = {s.name: bool(s.shape) and s.shape[0] == "batch" for s in opened.signature.outputs}
+    differences = {name: Difference(name, batched[name]) for name in opened.signature.output_names}
+    with open_artifact(opened) as runner:
+        for index, path in enumerate(files):
+            case = Case.load(path)
+            outputs = runner.run(case.inputs)
+            for name, difference in differences.items():
+                difference.add(index, case.reference[name], outputs.get(name))
+            if golden and path in kept:
+                Case(case.inputs, case.reference, outputs).save(Path(golden) / path.name)
+    return {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}
+
+
+def _smallest(files: Sequence[Path]) -> set[Path]:
+    """The files to keep as golden cases: the smallest ones, at least one, at most `_GOLDEN_BYTES` together."""
+    kept: set[Path] = set()
+    total = 0
+    for path in sorted(files, key=lambda p: p.stat().st_size)[:GOLDEN_CASES]:
+        total += path.stat().st_size
+        if not kept or total <= _GOLDEN_BYTES:
+            kept.add(path)
+    return kept

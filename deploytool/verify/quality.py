@@ -1,0 +1,50 @@
+"""The task metric, and for language models greedy decoding, of any artifact: computed by the model's own code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploytool.artifact import Artifact
+from deploytool.backends.base import open_artifact
+from deploytool.errors import InputRefused
+from deploytool.load.model import open_hooks
+from deploytool.load.predict import tensor_predict
+from deploytool.source import ModelRef
+from deploytool.verify.generation import greedy
+
+NEW_TOKENS = 32
+
+
+def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
+    """Evaluate an artifact with the hooks of the model `ref` (in a worker).
+
+    Returns {"metrics": {name: value}, "tokens": [[id, ...], ...]}; empty where the model has no such hook.
+    """
+    hooks = open_hooks(ModelRef(**ref))
+    metrics: dict[str, float] = {}
+    tokens: list[list[int]] = []
+    with open_artifact(Artifact.load(Path(artifact), check=False)) as runner:
+        if hooks.evaluate is not None:
+            metrics = _checked(hooks.evaluate(tensor_predict(runner)))
+        if hooks.prompts is not None:
+            tokens = [greedy(runner, prompt, NEW_TOKENS) for prompt in _prompts(hooks.prompts())]
+    return {"metrics": metrics, "tokens": tokens}
+
+
+def _prompts(prompts: list[list[int]]) -> list[list[int]]:
+    if not prompts:
+        raise InputRefused("DT313", "prompts() must give at least one prompt (got none)")
+    return prompts
+
+
+def _checked(metrics: Any) -> dict[str, float]:
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise InputRefused("DT313", f"evaluate() must return {{metric: number}} (got {metrics!r})")
+    numbers = {str(name): float(value) for name, value in metrics.items()}
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        raise InputRefused("DT313", f"every metric must be finite (got {', '.join(bad)})")
+    return numbers
