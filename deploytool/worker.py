@@ -48,6 +48,9 @@ class Limits:
     memory_bytes: int | None = None
 
 
+NO_LIMITS = Limits()
+
+
 def cache_folder() -> Path:
     """Where lowered models and logs are kept: $DEPLOYTOOL_CACHE, else the platform's cache folder."""
     return Path(os.environ.get("DEPLOYTOOL_CACHE") or platformdirs.user_cache_dir("deploytool"))
@@ -56,7 +59,7 @@ def cache_folder() -> Path:
 class Worker:
     """One child process; a context manager. `name` says what it does, for messages and the log's name."""
 
-    def __init__(self, name: str, limits: Limits = Limits(), environment: Mapping[str, str] | None = None):
+    def __init__(self, name: str, limits: Limits = NO_LIMITS, environment: Mapping[str, str] | None = None):
         self.name = name
         self.limits = limits
         folder = cache_folder() / "logs"
@@ -216,7 +219,7 @@ def _tail(log: Path, lines: int = 5) -> list[str]:
     return [line[:300] for line in text.splitlines() if line.strip()][-lines:]
 
 
-def run(name: str, function: str, limits: Limits = Limits(), **arguments: Any) -> Any:
+def run(name: str, function: str, limits: Limits = NO_LIMITS, **arguments: Any) -> Any:
     """Run one function in a child of its own."""
     with Worker(name, limits) as worker:
         return worker.call(function, **arguments)

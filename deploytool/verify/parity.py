@@ -19,14 +19,14 @@ _GOLDEN_BYTES = 64_000_000
 def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str, Any]:
     """Run every case of the folder `cases` on an artifact and compare (in a worker).
 
-    With `golden`, the smallest cases are written there with the artifact's own outputs. Returns
+    With `golden`, the timed case and the smallest others are written there with the artifact's own outputs. Returns
     {"cases": n, "outputs": {name: figures}}; see Difference for the figures.
     """
     opened = Artifact.load(Path(artifact), check=False)
     files = case_files(Path(cases))
     if not files:
         raise InputRefused("DT303", f"{cases} must hold at least one case to compare (got none)")
-    kept = _smallest(files) if golden else set()
+    kept = _golden(files) if golden else set()
     batched = {s.name: bool(s.shape) and s.shape[0] == "batch" for s in opened.signature.outputs}
     differences = {name: Difference(name, batched[name]) for name in opened.signature.output_names}
     with open_artifact(opened) as runner:
@@ -40,11 +40,11 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
     return {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}
 
 
-def _smallest(files: Sequence[Path]) -> set[Path]:
-    """The files to keep as golden cases: the smallest ones, at least one, at most `_GOLDEN_BYTES` together."""
+def _golden(files: Sequence[Path]) -> set[Path]:
+    """The files to keep as golden cases: the example that is timed, then the smallest ones, up to `_GOLDEN_BYTES`."""
     kept: set[Path] = set()
     total = 0
-    for path in sorted(files, key=lambda p: p.stat().st_size)[:GOLDEN_CASES]:
+    for path in [files[0], *sorted(files[1:], key=lambda p: p.stat().st_size)][:GOLDEN_CASES]:
         total += path.stat().st_size
         if not kept or total <= _GOLDEN_BYTES:
             kept.add(path)

@@ -1,0 +1,48 @@
+"""Builds one artifact from a prepared folder: what runs in the worker process of a build."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deploytool.artifact import Artifact
+from deploytool.backends.base import Request, build_artifact, find_backend
+from deploytool.cases import read_cases
+from deploytool.load.model import open_source
+from deploytool.signature import Outputs, Signature
+from deploytool.source import ModelRef
+from deploytool.storage import read_json
+from deploytool.target import Target
+
+
+def build_job(
+    target: Mapping[str, Any], prepared: str, ref: Mapping[str, str], fingerprint: str, out: str, seed: int
+) -> dict[str, Any]:
+    """Build `target` into the empty folder `out` from what `lower.prepare` wrote; returns the manifest."""
+    folder, profile = Path(prepared), Target.model_validate(dict(target), strict=False)
+    accepts = find_backend(profile.backend).accepts
+    source = open_source(ModelRef(**ref)) if accepts == "source" else None
+    portable = Artifact.load(folder / "onnx", check=False) if accepts == "onnx" else None
+
+    def calibration() -> Iterator[Outputs]:
+        return (case.inputs for case in read_cases(folder / "calibration"))
+
+    request = Request(
+        target=profile,
+        signature=Signature.from_json(read_json(folder / "signature.json")),
+        source=source,
+        portable=portable,
+        calibration=calibration,
+        out=Path(out),
+        seed=seed,
+    )
+    _copy_assets(folder / "assets", Path(out))
+    model = {"name": ref["name"], "ref": dict(ref), "fingerprint": fingerprint}
+    return build_artifact(request, model, portable.history if portable else ()).to_json()
+
+
+def _copy_assets(assets: Path, out: Path) -> None:
+    for path in sorted(assets.iterdir()):
+        shutil.copyfile(path, out / path.name)

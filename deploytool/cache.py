@@ -1,0 +1,131 @@
+"""Prepared models, kept between runs and found again by what they were made from.
+
+The key is a hash of the model file, every file that it read, the options, the versions of the libraries and of
+deploytool's own loading and lowering code. Which files a model reads is known only after it was loaded once; the list
+is kept beside and checked on the next run, so that an unchanged model is found without importing torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from deploytool import worker
+from deploytool.errors import EnvironmentLacking
+from deploytool.source import ModelRef
+from deploytool.storage import read_json, sha256_file, write_json, writing
+
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "transformers", "tokenizers", "safetensors",
+             "optimum")  # fmt: skip
+_ROOMS = ("load", "lower")
+_LOCK_SECONDS = 1800.0
+_KEEP_SUPERSEDED_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder (see lower/prepare.py), its fingerprint, and whether it was found or made now."""
+
+    folder: Path
+    fingerprint: str
+    cached: bool
+    seconds: float
+    info: Mapping[str, Any]
+
+
+def prepare(
+    ref: ModelRef, *, exporter: str = "auto", seed: int = 0, limits: worker.Limits = worker.NO_LIMITS, use: bool = True
+) -> Prepared:
+    """The prepared folder of a model: from the cache when nothing changed, else made in a worker.
+
+    With `use` False it is made anew even when it is there. Raises what the worker raises; EnvironmentLacking when
+    another process holds the lock for half an hour.
+    """
+    started = time.perf_counter()
+    options = {"exporter": exporter, "seed": seed}
+    root = worker.cache_folder()
+    index = root / "index" / f"{_digest([asdict(ref), options])[:32]}.json"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(index.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+            found = _find(root, index, ref, options) if use else None
+            folder = found or _make(root, index, ref, options, limits)
+    except Timeout as error:
+        raise EnvironmentLacking("DT404", f"the cache entry of {ref.name!r} must be free (another process holds it)",
+                                 fix=f"wait for it; the lock is {index.with_suffix('.lock')}") from error  # fmt: skip
+    info = read_json(folder / "prepared.json")
+    return Prepared(folder, folder.name, found is not None, time.perf_counter() - started, info)
+
+
+def _find(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any]) -> Path | None:
+    if not index.is_file():
+        return None
+    folder = root / "lowered" / _key(ref, options, read_json(index)["dependencies"])
+    if not (folder / "prepared.json").is_file():
+        return None
+    os.utime(folder)
+    return folder
+
+
+def _make(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], limits: worker.Limits) -> Path:
+    lowered = root / "lowered"
+    lowered.mkdir(parents=True, exist_ok=True)
+    with writing(lowered):
+        temporary = Path(tempfile.mkdtemp(dir=lowered, prefix=".tmp-"))
+        try:
+            info = worker.run(f"preparing {ref.name}", "deploytool.lower.prepare:prepare_job", limits,
+                              ref=asdict(ref), out=str(temporary), **options)  # fmt: skip
+            folder = lowered / _key(ref, options, info["dependencies"])
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _drop_superseded(index, folder)
+    write_json(index, {"dependencies": info["dependencies"], "folder": folder.name})
+    return folder
+
+
+def _drop_superseded(index: Path, folder: Path) -> None:
+    """Remove the entry that this one replaces, unless a run of the last hour may still read it."""
+    if not index.is_file():
+        return
+    old = folder.parent / str(read_json(index).get("folder"))
+    if old != folder and old.is_dir() and time.time() - old.stat().st_mtime > _KEEP_SUPERSEDED_SECONDS:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _key(ref: ModelRef, options: Mapping[str, Any], dependencies: Sequence[str]) -> str:
+    files = [[path, sha256_file(Path(path)) if Path(path).is_file() else None] for path in sorted(dependencies)]
+    return _digest([asdict(ref), dict(options), _versions(), _code(), files])[:32]
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _code() -> list[list[str]]:
+    package = Path(__file__).parent
+    paths = [p for room in _ROOMS for p in sorted((package / room).glob("*.py"))]
+    return [[p.relative_to(package).as_posix(), sha256_file(p)] for p in paths]
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
