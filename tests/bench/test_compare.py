@@ -1,0 +1,105 @@
+"""The comparison end to end: real processes, runners whose speed is planted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploytool.artifact import Artifact
+from deploytool.bench.compare import compare
+from deploytool.bench.statistics import MIN_BLOCKS
+from deploytool.cases import Case
+from deploytool.errors import BackendFailed, InputRefused
+from deploytool.signature import Signature, TensorSpec
+from deploytool.worker import Limits
+
+OPENER = "planted:open_planted"
+LIMITS = Limits(seconds=60, memory_bytes=2_000_000_000)
+SIGNATURE = Signature((TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y", "float32", ("batch", 4)),))
+
+
+@pytest.fixture(autouse=True)
+def child_finds_planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Child processes import the planted runners from this folder, and keep their logs in a folder of the test."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("DEPLOYTOOL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Callable[..., Artifact]:
+    """Makes an artifact whose runner has the given settings."""
+
+    def make(name: str, **settings: object) -> Artifact:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "engine.bin").write_bytes(b"planted")
+        return Artifact(folder, "planted", "onnx", "engine.bin", "fp32", SIGNATURE, settings=settings).save()
+
+    return make
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    path = tmp_path / "case.npz"
+    Case({"x": np.ones((2, 4), dtype=np.float32)}).save(path)
+    return path
+
+
+def test_gross_difference(artifact: Callable[..., Artifact], case: Path) -> None:
+    """A candidate that takes a third of the time is called faster, unless the machine is noisy; the result is JSON."""
+    said: list[str] = []
+    result = compare(artifact("new", seconds=0.002), {"old": artifact("old", seconds=0.006)}, case,
+                     limits=LIMITS, budget_seconds=4, seed=0, report=said.append, opener=OPENER)  # fmt: skip
+    json.dumps(result, allow_nan=False)
+    against = result["against"]["old"]
+    if result["blocks"] >= MIN_BLOCKS:
+        assert against["verdict"] == "faster", result
+        assert 1 < against["speedup_ci"][0] <= against["speedup"] <= against["speedup_ci"][1]
+    else:
+        assert against["verdict"] == "undecided" and result["disturbed_blocks"] > 0
+    assert against["p50_ms"] > result["p50_ms"] > 0
+    assert result["runs"] >= 10
+    assert 0 < result["load_s"] * 1e3 < result["cold_start_ms"]
+    assert result["environment"]["foreign_load_cores"] >= 0
+    assert said
+
+
+def test_peak_memory_is_each_process_own(artifact: Callable[..., Artifact], case: Path) -> None:
+    """The peak of a process that holds 200 MB more is at least 150 MB higher."""
+    lean = artifact("lean", seconds=0.001)
+    heavy = artifact("heavy", seconds=0.001, ballast_bytes=200_000_000)
+    result = compare(lean, {"heavy": heavy}, case, limits=LIMITS, budget_seconds=0.5, seed=0, opener=OPENER)
+    assert result["against"]["heavy"]["peak_rss_bytes"] - result["peak_rss_bytes"] > 150_000_000
+    assert result["peak_rss_bytes"] < 150_000_000
+
+
+def test_alone(artifact: Callable[..., Artifact], case: Path) -> None:
+    """Without a reference the candidate's times are told and nothing is compared."""
+    result = compare(artifact("only", seconds=0.001), {}, case, limits=LIMITS, budget_seconds=0.5, seed=0,
+                     opener=OPENER)  # fmt: skip
+    assert result["against"] == {} and result["p50_ms"] >= 1.0
+
+
+@pytest.mark.parametrize(("fails", "code"), [("crash", "DT501"), ("hang", "DT502")])
+def test_failing_engine_is_one_error(
+    artifact: Callable[..., Artifact], case: Path, fails: str, code: str, tmp_path: Path
+) -> None:
+    """An engine that crashes or hangs ends the comparison with its error, and leaves no process."""
+    bad = artifact("bad", seconds=0.001, fails=fails)
+    with pytest.raises(BackendFailed) as caught:
+        compare(bad, {}, case, limits=Limits(seconds=3), budget_seconds=0.5, seed=0, opener=OPENER)
+    assert caught.value.code == code
+
+
+def test_case_that_does_not_fit_is_refused(artifact: Callable[..., Artifact], tmp_path: Path) -> None:
+    """A case with foreign inputs, or none, is refused instead of timed."""
+    for name, inputs in (("foreign", {"z": np.ones(3, dtype=np.float32)}), ("empty", {})):
+        Case(inputs).save(tmp_path / f"{name}.npz")
+        with pytest.raises(InputRefused):
+            compare(artifact(name, seconds=0.001), {}, tmp_path / f"{name}.npz", limits=LIMITS,
+                    budget_seconds=0.5, seed=0, opener=OPENER)  # fmt: skip
