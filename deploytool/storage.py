@@ -43,7 +43,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
         try:
-            with os.fdopen(handle, "w+b") as file:
+            os.close(handle)
+            with open(temporary, "r+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -89,13 +90,14 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.chmod(0o755)
         try:
             yield temporary
-            _sync_tree(temporary)
-            _swap(temporary, path)
+            settle(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, path: Path) -> None:
+def settle(new: Path, path: Path) -> None:
+    """Move a finished folder to its place on the same file system, replacing what is there in one step."""
+    _sync_tree(new)
     if path.exists():
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
         os.replace(path, aside / "old")

@@ -1,0 +1,245 @@
+"""Export: the order of the stages. prepare -> build -> verify -> bench, one target after the other.
+
+Everything heavy runs in worker processes; this module only decides what comes next and collects what came out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deploytool import worker
+from deploytool.artifact import REPORT, Artifact
+from deploytool.backends.base import find_backend, load_checked_target
+from deploytool.bench.compare import compare
+from deploytool.bench.environment import environment
+from deploytool.cache import Prepared, prepare
+from deploytool.errors import DeployError, InputRefused
+from deploytool.load.resolve import resolve
+from deploytool.pipeline.reference import Reference
+from deploytool.source import ModelRef
+from deploytool.storage import refuse_existing, settle, sha256_file, write_json
+from deploytool.target import Target, load_target, target_names
+from deploytool.verify.judge import judge_parity, judge_quality
+
+SCHEMA_VERSION = "1.0"
+ALL = "all"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export. `bench_seconds` is the time budget of one target's timing; 0 leaves timing out."""
+
+    out: Path
+    overwrite: bool = False
+    bench_seconds: float = 6.0
+    quality: bool = True
+    exporter: str = "auto"
+    seed: int = 0
+    cache: bool = True
+    limits: worker.Limits = worker.NO_LIMITS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done: printed before work starts, and all that a dry run gives."""
+
+    model: ModelRef
+    targets: tuple[Target, ...]
+    unavailable: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name -> (reason, fix)
+
+    def to_json(self, options: Options) -> dict[str, Any]:
+        return {
+            "model": asdict(self.model),
+            "targets": [t.name for t in self.targets],
+            "unavailable": {name: reason for name, (reason, _) in self.unavailable.items()},
+            "output": str(options.out),
+            "bench_seconds": options.bench_seconds,
+            "quality": options.quality,
+            "seed": options.seed,
+        }
+
+
+def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
+    """Resolve names, check profiles and this machine; raises before any work is done."""
+    ref = resolve(model)
+    refuse_existing(options.out, options.overwrite)
+    names = target_names() if ALL in targets else list(dict.fromkeys(targets))
+    profiles = [load_checked_target(name) for name in names]
+    probes = {p.name: find_backend(p.backend).probe(p) for p in profiles}
+    able = tuple(p for p in profiles if probes[p.name].available)
+    return Plan(ref, able, {n: (p.reason, p.fix) for n, p in probes.items() if not p.available})
+
+
+def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
+    """Carry out a plan; returns the report that `export --json` prints.
+
+    A target that fails does not stop the others; its "status" and "reason" say so, and what was built is kept as
+    `NAME.failed` when its figures are the reason. Raises only when the model itself cannot be taken.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = [_unavailable(name, reason) for name, (reason, _) in plan.unavailable.items()]
+    with tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
+        if plan.targets:
+            say(f"preparing {plan.model.name}")
+            prepared = prepared_and_checked(plan.model, options)
+            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
+            for target in plan.targets:
+                results.append(_one(target, reference, options, say, results))
+    report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),
+              "targets": results}  # fmt: skip
+    write_json(options.out / REPORT, report)
+    return report
+
+
+def prepared_and_checked(ref: ModelRef, options: Options) -> Prepared:
+    """The prepared model, its ONNX graph shown to be right at every case's shape.
+
+    The fast exporter traces; where that bakes a shape in, the graph is lowered again by the other exporter.
+    """
+    exporters = ["torchscript", "dynamo"] if options.exporter == "auto" else [options.exporter]
+    for exporter in exporters:
+        prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache)
+        wrong = _graph_problems(prepared, options)
+        if not wrong:
+            return prepared
+    raise InputRefused("DT305", "the ONNX graph must compute what the model does at every shape of the samples",
+                       detail=wrong[:10], fix="look for sizes and values that forward() turns into Python "
+                       "numbers; or choose targets that take the module itself (torchscript)")  # fmt: skip
+
+
+def _graph_problems(prepared: Prepared, options: Options) -> list[str]:
+    checked = prepared.folder / "onnx-parity.json"
+    if checked.is_file():
+        return []
+    parity = worker.run(f"checking the graph of {prepared.info['name']}", "deploytool.verify.parity:parity_job",
+                        options.limits, artifact=str(prepared.folder / "onnx"),
+                        cases=str(prepared.folder / "cases"))  # fmt: skip
+    wrong = judge_parity(parity, load_target("ort").parity)
+    if not wrong:
+        write_json(checked, parity)
+    return wrong
+
+
+def _unavailable(name: str, reason: str) -> dict[str, Any]:
+    return {"target": name, "status": "unavailable", "reason": reason}
+
+
+def _one(
+    target: Target, reference: Reference, options: Options, say: Say, done: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Build, verify and time one target; a DeployError becomes its status."""
+    final = options.out / target.name
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=options.out) as temporary:
+            folder = Path(temporary) / target.name
+            folder.mkdir()
+            result = _stages(target, folder, reference, options, say, done)
+            place, other = final, failed_folder(final)
+            if result["status"] != "ok":
+                place, other = other, place
+            result["artifact"] = str(place)
+            write_json(folder / REPORT, {"schema_version": SCHEMA_VERSION, "model": reference.ref.name,
+                                         "environment": environment(), **result})  # fmt: skip
+            settle(folder, place)
+            shutil.rmtree(other, ignore_errors=True)
+    except DeployError as error:
+        say(str(error))
+        return {"target": target.name, "status": "failed", "reason": error.message, "error": error.to_json()}
+    return result
+
+
+def failed_folder(final: Path) -> Path:
+    """Where an artifact goes whose figures are outside its profile's limits."""
+    return final.with_name(f"{final.name}.failed")
+
+
+def _stages(
+    target: Target, folder: Path, reference: Reference, options: Options, say: Say, done: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    clock = _Clock()
+    say(f"{target.name}: building")
+    artifact = reference.build(target, folder)
+    clock.lap("build")
+    say(f"{target.name}: verifying")
+    parity = reference.parity(artifact, golden=True)
+    artifact = replace(artifact).save()
+    wrong = judge_parity(parity, target.parity)
+    quality, generation = reference.quality_of(artifact, options.quality)
+    wrong += judge_quality(quality, generation, target.parity)
+    clock.lap("verify")
+    findings = [] if artifact.executes else [
+        "not executed: the engine was built for hardware that is not here; parity was taken on the very graph that "
+        "the compiler was given"]  # fmt: skip
+    if reference.prepared.info["synthetic"]:
+        findings.append("the samples are synthetic: parity on your own data is not shown")
+    speed = memory = None
+    if options.bench_seconds > 0 and artifact.executes:
+        say(f"{target.name}: timing")
+        speed, memory, said = _speed(target, artifact, reference, options, done)
+        findings += said
+    clock.lap("bench")
+    return {
+        "target": target.name,
+        "status": "failed" if wrong else "ok",
+        "reason": "; ".join(wrong) or None,
+        "artifact": None,
+        "artifact_digest": sha256_file(folder / "artifact.json"),
+        "size_bytes": artifact.size_bytes,
+        "precision": artifact.precision,
+        "executed": artifact.executes,
+        "parity": {"passed": not judge_parity(parity, target.parity), "shapes": reference.prepared.info["shapes"],
+                   **parity},
+        "quality": quality,
+        "generation": generation,
+        "speed": speed,
+        "memory": memory,
+        "findings": findings,
+        "seconds": {"lower": reference.prepared.seconds, "lower_cached": reference.prepared.cached, **clock.laps},
+    }  # fmt: skip
+
+
+def _speed(
+    target: Target, artifact: Artifact, reference: Reference, options: Options, done: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The report's "speed" and "memory", and what has to be said about them."""
+    others = {"eager": reference.eager()}
+    if target.plain is not None:
+        others[target.plain] = reference.plain(target.plain, done)
+    timed = compare(artifact, others, reference.cases[0], limits=options.limits,
+                    budget_seconds=options.bench_seconds, seed=options.seed)  # fmt: skip
+    eager = timed["against"]["eager"]
+    memory = {"peak_rss_bytes": timed.pop("peak_rss_bytes")}
+    speed = {**timed, "reference_p50_ms": eager["p50_ms"], "speedup": eager["speedup"],
+             "speedup_ci": eager["speedup_ci"], "verdict": eager["verdict"]}  # fmt: skip
+    findings = list(timed["notes"])
+    if target.plain is not None and timed["against"][target.plain]["verdict"] != "faster":
+        plain = timed["against"][target.plain]
+        ratio = "" if plain["speedup"] is None else f" ({plain['speedup']:.2f}x, interval {_interval(plain)})"
+        word = {"slower": "slower than", "same": "as fast as"}.get(plain["verdict"], "not shown to be faster than")
+        findings.append(f"{target.name} is {word} the plain {target.plain}{ratio}")
+    return speed, memory, findings
+
+
+def _interval(figures: Mapping[str, Any]) -> str:
+    low, high = figures["speedup_ci"]
+    return f"{low:.2f} to {high:.2f}"
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
