@@ -133,7 +133,7 @@ def _open_original(document: _Document, folder: Path) -> Source:
 
 
 def _changed(folder: Path, what: str) -> DeployError:
-    return InputRefused("DT314", f"the original model must be the one that {folder.name} was made from (it has changed)",
+    return InputRefused("DT314", f"the original model of {folder.name} must be as it was then (it has changed)",
                         detail=[what], fix="compress the model again")  # fmt: skip
 
 
@@ -161,4 +161,5 @@ def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
         module.load_state_dict({n: made[id(t)] if n in parameters else t for n, t in state.items()}, assign=True)
     except RuntimeError as error:
         raise InputRefused("DT314", "the compressed weights must fit the original model's layers",
-                           detail=str(error).splitlines()[1:11], fix="the model has changed: compress it again") from error  # fmt: skip
+                           detail=str(error).splitlines()[1:11],
+                           fix="the model has changed: compress it again") from error  # fmt: skip

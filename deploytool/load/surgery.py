@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import skip_init
 
 from deploytool.errors import InputRefused, nearest
 from deploytool.load.flat import FlatModule
@@ -37,11 +36,11 @@ def replace_linear_by_pair(root: nn.Module, name: str, rank: int) -> nn.Sequenti
     old = root.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise ValueError(f"layer {name!r} must be a Linear, not a {type(old).__name__}")
-    kind = {"device": old.weight.device, "dtype": old.weight.dtype}
-    pair = nn.Sequential(
-        skip_init(nn.Linear, old.in_features, rank, bias=False, **kind),
-        skip_init(nn.Linear, rank, old.out_features, bias=old.bias is not None, **kind),
-    )
+    dtype = old.weight.dtype
+    pair = nn.Sequential(  # made without memory first: initial values would cost time and random numbers
+        nn.Linear(old.in_features, rank, bias=False, device="meta", dtype=dtype),
+        nn.Linear(rank, old.out_features, bias=old.bias is not None, device="meta", dtype=dtype),
+    ).to_empty(device=old.weight.device)
     replace_layer(root, name, pair)
     return pair
 

@@ -1,0 +1,1 @@
+"""Steps that train the compressed model towards the original one."""

@@ -1,0 +1,1 @@
+"""Steps that replace a layer by a cheaper product of layers."""

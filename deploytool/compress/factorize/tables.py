@@ -1,0 +1,34 @@
+"""Settings of the factorization steps."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from deploytool.compress.step import StepTable
+
+
+class Svd(StepTable):
+    """Replace linear layers by two thinner ones. Exactly one of `rank`, `energy`, `keep` must be given.
+
+    rank               the width between the two
+    energy             the least share of the squared singular values that must remain, 0 to 1
+    keep               the share of each layer's weights that may remain, 0 to 1
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer
+    """
+
+    code: ClassVar[str] = "deploytool.compress.factorize.svd"
+    step: Literal["svd"]
+    rank: int | None = Field(default=None, ge=1)
+    energy: float | None = Field(default=None, gt=0, le=1)
+    keep: float | None = Field(default=None, gt=0, lt=1)
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("rank", "energy", "keep") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of rank, energy, keep must be given, not {' and '.join(given) or 'none'}")
+        return self

@@ -1,0 +1,1 @@
+"""Steps that set weights to zero or take them out."""
