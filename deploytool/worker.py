@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,9 +59,13 @@ def cache_folder() -> Path:
 class Worker:
     """One child process; a context manager. `name` says what it does, for messages and the log's name."""
 
-    def __init__(self, name: str, limits: Limits = NO_LIMITS, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, name: str, limits: Limits = NO_LIMITS, environment: Mapping[str, str] | None = None,
+        say: Callable[[str], None] | None = None,
+    ):  # fmt: skip
         self.name = name
         self.limits = limits
+        self._say = say or (lambda line: None)
         folder = cache_folder() / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{name.replace('/', '-').replace(' ', '-')}-{os.getpid()}-{next(_COUNTER)}.log"
@@ -71,7 +75,7 @@ class Worker:
         self._replies, replies = os.pipe()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "deploytool.worker", str(requests), str(replies)],
+                [sys.executable, "-c", f"from deploytool.worker import serve; serve({requests}, {replies})"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(requests, replies),
                 start_new_session=True, env={**os.environ, **_CHILD_ENVIRONMENT, **(environment or {})},
             )  # fmt: skip
@@ -101,6 +105,9 @@ class Worker:
         except BrokenPipeError:
             self._raise_dead()
         reply = json.loads(self._read_reply())
+        while "progress" in reply:
+            self._say(reply["progress"])
+            reply = json.loads(self._read_reply())
         if "result" in reply:
             return reply["result"]
         self._failed = True
@@ -219,9 +226,11 @@ def _tail(log: Path, lines: int = 5) -> list[str]:
     return [line[:300] for line in text.splitlines() if line.strip()][-lines:]
 
 
-def run(name: str, function: str, limits: Limits = NO_LIMITS, **arguments: Any) -> Any:
-    """Run one function in a child of its own."""
-    with Worker(name, limits) as worker:
+def run(
+    name: str, function: str, limits: Limits = NO_LIMITS, say: Callable[[str], None] | None = None, **arguments: Any
+) -> Any:
+    """Run one function in a child of its own; `say` gets what it reports as progress."""
+    with Worker(name, limits, say=say) as worker:
         return worker.call(function, **arguments)
 
 
@@ -230,36 +239,48 @@ def _resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _serve(requests: int, replies: int) -> None:
+_reply_pipe: int | None = None
+
+
+def progress(line: str) -> None:
+    """In a child: tell the parent how far things are. Outside of one it does nothing."""
+    if _reply_pipe is not None:
+        _send(_reply_pipe, {"progress": line})
+
+
+def _send(pipe: int, reply: Mapping[str, Any]) -> None:
+    data = json.dumps(reply).encode() + b"\n"
+    while data:
+        data = data[os.write(pipe, data) :]
+
+
+def serve(requests: int, replies: int) -> None:
     """The child's loop: one JSON request a line, one JSON reply a line, until the parent closes the pipe."""
+    global _reply_pipe
     # A parent that is killed outright cannot clean up; the kernel then ends this child too.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    held: Any = None
+    _reply_pipe = replies
+    held: list[Any] = []
     with os.fdopen(requests, "rb") as lines:
         for line in lines:
-            request = json.loads(line)
-            reply: dict[str, Any]
             try:
-                arguments = request["arguments"]
-                if "create" in request:
-                    held, result = _resolve(request["create"])(**arguments), None
-                elif "method" in request:
-                    result = getattr(held, request["method"])(**arguments)
-                else:
-                    result = _resolve(request["function"])(**arguments)
-                reply = {"result": result}
-                text = json.dumps(reply)
+                reply = {"result": _answer(json.loads(line), held)}
+                json.dumps(reply)
             except DeployError as error:
                 traceback.print_exc()
-                text = json.dumps({"error": error.to_json()})
+                reply = {"error": error.to_json()}
             except Exception as error:
                 traceback.print_exc()
-                text = json.dumps({"crash": f"{type(error).__name__}: {error}"[:2000]})
-            data = text.encode() + b"\n"
-            while data:
-                data = data[os.write(replies, data) :]
+                reply = {"crash": f"{type(error).__name__}: {error}"[:2000]}
+            _send(replies, reply)
 
 
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+def _answer(request: Mapping[str, Any], held: list[Any]) -> Any:
+    arguments = request["arguments"]
+    if "create" in request:
+        held[:] = [_resolve(request["create"])(**arguments)]
+        return None
+    if "method" in request:
+        return getattr(held[0], request["method"])(**arguments)
+    return _resolve(request["function"])(**arguments)

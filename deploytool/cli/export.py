@@ -1,0 +1,76 @@
+"""deploytool export"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploytool.cli import options
+from deploytool.errors import EnvironmentLacking
+from deploytool.worker import Limits
+
+_EXIT_BY_KIND = {"CheckFailed": 1, "UsageProblem": 2, "InputRefused": 3, "EnvironmentLacking": 4, "BackendFailed": 5,
+                 "IntegrityBroken": 6, "Inconclusive": 7}  # fmt: skip
+
+
+@click.command("export")
+@click.argument("model", required=False)
+@click.option("-t", "--target", "targets", multiple=True, help="A target's name or profile; repeat it, or `all`.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the artifacts, one each.")
+@options.overwrite_option
+@click.option("--bench-seconds", default=6.0, show_default=True, help="Time for timing each target.")
+@click.option("--no-bench", is_flag=True, help="Leave timing out.")
+@click.option("--no-quality", is_flag=True, help="Leave the task metric and decoding checks out.")
+@click.option("--exporter", type=click.Choice(["auto", "torchscript", "dynamo"]), default="auto", show_default=True,
+              help="How the ONNX graph is made; auto traces, and uses dynamo where tracing is wrong.")  # fmt: skip
+@click.option("--no-cache", is_flag=True, help="Lower again even when nothing changed.")
+@options.seed_option
+@options.limits_options
+@options.dry_run_option
+@options.quiet_option
+@options.json_option
+def command(
+    model: str | None, targets: tuple[str, ...], output: Path | None, overwrite: bool, bench_seconds: float,
+    no_bench: bool, no_quality: bool, exporter: str, no_cache: bool, seed: int, limits: Limits, dry_run: bool,
+    quiet: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Lower MODEL, build it for each target, verify and time it; one artifact folder per target.
+
+    MODEL is a shipped name, a Python model file, a Hugging Face folder or id, or a folder that compress wrote.
+    """
+    from deploytool.pipeline.export import Options, export, make_plan
+
+    say = options.say(quiet)
+    name = options.model_or_default(model, say)
+    chosen = options.targets_or_default(targets)
+    out = output or Path("deploytool-out") / Path(name).stem
+    how = Options(out=out, overwrite=overwrite, bench_seconds=0.0 if no_bench else bench_seconds,
+                  quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits)  # fmt: skip
+    plan = make_plan(name, chosen, how)
+    say(f"plan: {json.dumps(plan.to_json(how))}")
+    if dry_run:
+        if as_json:
+            options.print_json({"schema_version": "1.0", "plan": plan.to_json(how)})
+        return 0
+    for target, (reason, fix) in plan.unavailable.items():
+        say(f"{target}: unavailable, {reason}; {fix}")
+    report = export(plan, how, say)
+    if as_json:
+        options.print_json(report)
+    else:
+        from deploytool.report.table import export_table
+
+        click.echo(export_table(report))
+    return exit_code(report, asked_all="all" in chosen)
+
+
+def exit_code(report: dict[str, Any], *, asked_all: bool) -> int:
+    """0 when every target that was asked for is ok; else what the first failure means."""
+    for result in report["targets"]:
+        if result["status"] == "failed":
+            return _EXIT_BY_KIND.get(result.get("error", {}).get("kind", "CheckFailed"), 70)
+    missing = [r for r in report["targets"] if r["status"] == "unavailable"]
+    return EnvironmentLacking.exit_code if missing and (not asked_all or len(missing) == len(report["targets"])) else 0

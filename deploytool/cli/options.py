@@ -1,0 +1,99 @@
+"""Options that mean the same in every command, and the project file that they default to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from deploytool.errors import UsageProblem
+from deploytool.worker import Limits
+
+F = TypeVar("F", bound=Callable[..., Any])
+PROJECT_FILE = "deploytool.toml"
+DEMO_MODEL = "digits"
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and stop.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 500M, 4G or a number of bytes."""
+
+    name = "size"
+    _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}  # noqa: RUF012
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).upper().removesuffix("B")
+        unit = self._UNITS.get(text[-1:], 1)
+        try:
+            return int(float(text[:-1] if unit > 1 else text) * unit)
+        except ValueError:
+            self.fail(f"{value!r} must be a size such as 500M or 4G", param, ctx)
+
+
+def limits_options(function: F) -> F:
+    """--timeout, --memory-limit and --offline; the command gets `limits`."""
+
+    @click.option("--timeout", type=float, default=None, help="Seconds that any one step may take.")
+    @click.option("--memory-limit", type=Bytes(), default=None, help="Memory that any one process tree may take.")
+    @click.option("--offline", is_flag=True, help="Never use the network, also for models that are named remotely.")
+    def wrapped(*args: Any, timeout: float | None, memory_limit: int | None, offline: bool, **kwargs: Any) -> Any:
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # inherited by the workers
+        return function(*args, limits=Limits(timeout, memory_limit), **kwargs)
+
+    wrapped.__doc__ = function.__doc__
+    wrapped.__name__ = function.__name__
+    # Options declared on the inner function have to be carried over to the wrapper.
+    wrapped.__click_params__ = getattr(wrapped, "__click_params__", []) + getattr(  # type: ignore[attr-defined]
+        function, "__click_params__", [])  # fmt: skip
+    return wrapped  # type: ignore[return-value]
+
+
+def say(quiet: bool) -> Callable[[str], None]:
+    """Where progress goes: stderr, or nowhere."""
+    return (lambda line: None) if quiet else (lambda line: click.echo(line, err=True))
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def project() -> tuple[str | None, tuple[str, ...]]:
+    """Model and targets that ./deploytool.toml names; (None, ()) without that file."""
+    path = Path(PROJECT_FILE)
+    if not path.is_file():
+        return None, ()
+    from deploytool.compress.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    return recipe.model, recipe.targets
+
+
+def model_or_default(model: str | None, tell: Callable[[str], None]) -> str:
+    """The model that was typed, else the project file's, else the shipped demo model, which is said."""
+    if model is not None:
+        return model
+    named, _ = project()
+    if named is not None:
+        return named
+    tell(f"no MODEL given and no {PROJECT_FILE} here: using the shipped model {DEMO_MODEL!r}")
+    return DEMO_MODEL
+
+
+def targets_or_default(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets that were typed, else the project file's; none at all is an error."""
+    chosen = targets or project()[1]
+    if not chosen:
+        raise UsageProblem("DT201", "at least one target must be named (got none)",
+                           fix="add --target NAME, or --target all; `deploytool targets list` shows them")  # fmt: skip
+    return chosen
