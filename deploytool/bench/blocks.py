@@ -21,7 +21,7 @@ from deploytool.errors import InputRefused
 GUARD_MOVED = 0.25  # a guard kernel this much faster or slower than its median marks a disturbed block
 _OVERTIME = 2.0  # blocks that a verdict lacks are made up for until this many times the budget
 _SLOTS = 4
-_WANTED_BLOCKS = 12
+_WANTED_BLOCKS = 24
 _SLOT_SECONDS = (0.1, 0.5)
 
 

@@ -20,6 +20,7 @@ Verdict = Literal["faster", "same", "slower", "undecided"]
 MARGIN = 0.03  # what a restart of the same program can cost or gain; smaller differences are not claimed
 MIN_BLOCKS = 5  # a bootstrap of fewer has too few distinct resamples for a 95 % interval
 _TRIM = 0.2
+_TRIM_FROM = 8  # blocks; the trimmed mean of fewer has an interval twice as wide as the mean's
 _RESAMPLES = 4000
 
 
@@ -86,8 +87,9 @@ def log_ratio(candidate_ms: Sequence[float], reference_ms: Sequence[float]) -> f
 def speedup(log_ratios: Sequence[float], *, seed: int, confidence: float = 0.95) -> Speedup | None:
     """The speed-up that paired blocks show; None when there are fewer than MIN_BLOCKS.
 
-    The 20 % trimmed mean of the log ratios, so that single blocks cannot decide, with a symmetric studentized
-    bootstrap over blocks. Studentizing keeps the coverage at few blocks, where a percentile interval is too narrow.
+    The 20 % trimmed mean of the log ratios (the mean below 8 blocks), so that single blocks cannot decide, with a
+    symmetric studentized bootstrap over blocks. Studentizing keeps the coverage at few blocks, where a percentile
+    interval is too narrow.
     Source: R. Wilcox, Introduction to Robust Estimation and Hypothesis Testing, chapter 4 (trimmed mean, bootstrap-t).
     """
     values = np.asarray(log_ratios, dtype=np.float64)
@@ -111,7 +113,7 @@ def _trimmed(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
     """Trimmed mean and its standard error (from the winsorized variance) of each row of [rows, blocks]."""
     ordered = np.sort(rows, axis=1)
     count = ordered.shape[1]
-    cut = int(_TRIM * count)
+    cut = int(_TRIM * count) if count >= _TRIM_FROM else 0
     mean = ordered[:, cut : count - cut].mean(axis=1)
     if cut:
         ordered[:, :cut] = ordered[:, cut : cut + 1]
