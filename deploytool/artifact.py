@@ -128,6 +128,9 @@ class Artifact:
     def _from_json(cls, folder: Path, data: Mapping[str, Any]) -> Artifact:
         if data["schema_version"].split(".")[0] != SCHEMA_VERSION.split(".")[0]:
             raise ValueError(f"schema_version {data['schema_version']}")
+        words = [data[key] for key in ("backend", "format", "entry", "precision")]
+        if not all(isinstance(word, str) for word in (*words, *(entry["path"] for entry in data["files"]))):
+            raise TypeError(f"words must be text, got {words}")
         return cls(
             folder=folder,
             backend=data["backend"],

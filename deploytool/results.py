@@ -52,12 +52,3 @@ class Verdict:
             "status": self.status,
             "findings": [finding.to_json() for finding in self.findings],
         }
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Time of a candidate divided by the time of what it is measured against, with its interval: 1.1 is 10 % slower."""
-
-    value: float
-    low: float
-    high: float

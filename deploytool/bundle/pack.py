@@ -1,0 +1,209 @@
+"""Packs artifacts into a bundle: a folder or a tar that carries its own proof and its own self-test."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from deploytool import artifact as artifacts
+from deploytool.artifact import GOLDEN, Artifact
+from deploytool.bundle.archive import Member, write_tar
+from deploytool.bundle.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    SELFTEST,
+    SUMS,
+    VARIANTS,
+    File,
+    Manifest,
+    Tolerance,
+    Variant,
+    write_sums,
+)
+from deploytool.bundle.names import LABEL, check_names
+from deploytool.bundle.verify import verify_bundle
+from deploytool.errors import CheckFailed, InputRefused, IntegrityBroken, UsageProblem
+from deploytool.storage import new_file, new_folder, read_json, refuse_existing, sha256_file
+
+Content = Path | bytes
+TEMPLATE = Path(__file__).with_name("selftest.py")
+
+_CHUNK = 1 << 20
+_ASSETS = (".json", ".txt", ".md", ".model", ".toml")
+# The engine that was recorded is the engine that is replayed, so the outputs differ by the order of sums only;
+# int8 kernels of another CPU round elsewhere, and fp16 has 11 bits.
+_TOLERANCES = {
+    "fp32": Tolerance(cosine_min=0.9999, relative_error_max=0.015, agreement_min=1.0),
+    "fp16": Tolerance(cosine_min=0.999, relative_error_max=0.05, agreement_min=0.99),
+    "int8": Tolerance(cosine_min=0.99, relative_error_max=0.15, agreement_min=0.95),
+}
+
+
+def pack(
+    variants: Sequence[Artifact], out: Path, *, name: str, version: str, kind: Literal["dir", "tar"] = "dir",
+    overwrite: bool = False,
+) -> Manifest:  # fmt: skip
+    """Write a bundle of one model's artifacts to `out` and return its manifest; equal inputs give equal bytes.
+
+    An artifact is taken only when its files are unchanged, golden cases lie in it, and its own report says that it
+    passed. The bundle is verified before it gets its name. Raises IntegrityBroken, CheckFailed, InputRefused or
+    UsageProblem (the output exists and is no bundle, or may not be overwritten).
+    """
+    _check_labels(name, version)
+    _refuse_foreign(out, overwrite)
+    contents = _contents(variants)
+    manifest = _manifest(variants, contents, name, version)
+    contents[MANIFEST] = manifest.to_bytes()
+    contents[SUMS] = write_sums({**{f.path: f.sha256 for f in manifest.files}, MANIFEST: _sha256(contents[MANIFEST])})
+    check_names(contents, str(out))
+    if kind == "dir":
+        with new_folder(out, overwrite=overwrite) as folder:
+            _write_folder(folder, contents)
+            return verify_bundle(folder)
+    with new_file(out) as file:
+        write_tar(file, _members(contents, f"{name}-{version}"))
+        file.flush()
+        return verify_bundle(Path(file.name))
+
+
+def _check_labels(name: str, version: str) -> None:
+    for what, text in (("name", name), ("version", version)):
+        if not re.fullmatch(LABEL, text):
+            raise UsageProblem("DT201", f"a bundle's {what} must be 1 to 64 letters, digits, dots, dashes or "
+                                        f"underscores (got {text!r})")  # fmt: skip
+
+
+def _refuse_foreign(out: Path, overwrite: bool) -> None:
+    """Overwriting is for bundles: a folder that holds something else stays."""
+    refuse_existing(out, overwrite)
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UsageProblem("DT203", f"only a bundle is overwritten (got {out}, a folder without {MANIFEST})",
+                           fix="choose another -o")  # fmt: skip
+
+
+def _contents(variants: Sequence[Artifact]) -> dict[str, Content]:
+    contents: dict[str, Content] = {SELFTEST: TEMPLATE}
+    if not variants:
+        raise UsageProblem("DT201", "a bundle must hold at least one artifact (got none)")
+    model = _model(variants[0])
+    for artifact in variants:
+        target = _target(artifact)
+        _check_fit(artifact)
+        if _model(artifact) != model:
+            raise InputRefused("DT311", f"a bundle must hold artifacts of one model (got {model} and "
+                                        f"{_model(artifact)} for {target!r})")  # fmt: skip
+        prefix = f"{VARIANTS}/{target}"
+        if f"{prefix}/{artifacts.MANIFEST}" in contents:
+            raise UsageProblem("DT201", f"a bundle must hold one artifact per target (got two for {target!r})")
+        names = [f.path for f in artifact.files] + [artifacts.MANIFEST, artifacts.REPORT]
+        contents.update({f"{prefix}/{name}": artifact.folder / name for name in names})
+    return contents
+
+
+def _check_fit(artifact: Artifact) -> None:
+    """Only what was proved is packed."""
+    artifact.check()
+    report = artifact.folder / artifacts.REPORT
+    if not report.is_file():
+        raise InputRefused("DT309", f"an artifact must hold its {artifacts.REPORT} (got {artifact.folder} without)",
+                           fix="export it again; an unverified artifact is not packed")  # fmt: skip
+    said = read_json(report)
+    if said.get("artifact_digest") != sha256_file(artifact.folder / artifacts.MANIFEST):
+        raise IntegrityBroken("DT601", f"{report} must belong to the {artifacts.MANIFEST} beside it (got another "
+                                       f"digest)", fix="export it again")  # fmt: skip
+    if (said.get("parity") or {}).get("passed") is not True:
+        raise CheckFailed("DT101", f"an artifact must have passed parity (got {artifact.folder}, which has not)")
+    if not any(f.path.startswith(f"{GOLDEN}/") for f in artifact.files):
+        raise InputRefused("DT309", f"an artifact must hold recorded cases in {GOLDEN}/ (got {artifact.folder} "
+                                    f"without)", fix="export it again")  # fmt: skip
+
+
+def _target(artifact: Artifact) -> str:
+    target = str(artifact.target.get("name", ""))
+    if not re.fullmatch(LABEL, target):
+        raise InputRefused("DT309", f"an artifact must name its target (got {target!r} in {artifact.folder})")
+    return target
+
+
+def _model(artifact: Artifact) -> dict[str, Any]:
+    """Name and fingerprint; where it lay on the machine that built it is nobody's business."""
+    return {key: artifact.model[key] for key in ("name", "fingerprint") if key in artifact.model}
+
+
+def _manifest(variants: Sequence[Artifact], contents: Mapping[str, Content], name: str, version: str) -> Manifest:
+    entries = {f"{VARIANTS}/{_target(artifact)}/{artifact.entry}" for artifact in variants}
+    files = tuple(
+        File(path=path, size=_size(contents[path]), sha256=_sha256(contents[path]), role=_role(path, entries))
+        for path in sorted(contents)
+    )
+    return Manifest(schema_version=SCHEMA_VERSION, name=name, version=version, created=_created(),
+                    model=_model(variants[0]), files=files,
+                    variants=tuple(sorted(map(_variant, variants), key=lambda v: v.target)))  # fmt: skip
+
+
+def _variant(artifact: Artifact) -> Variant:
+    builds = [step for step in artifact.history if step.name == "build"] or list(artifact.history)
+    return Variant(
+        target=_target(artifact), backend=artifact.backend, format=artifact.format, entry=artifact.entry,
+        precision=artifact.precision, executes=artifact.executes, signature=artifact.signature.to_json(),
+        runtime=dict(builds[-1].versions) if builds else {}, settings=dict(artifact.settings),
+        device=dict(artifact.target.get("device", {})),
+        tolerance=_TOLERANCES.get(artifact.precision, _TOLERANCES["int8"]),
+    )  # fmt: skip
+
+
+def _role(path: str, entries: set[str]) -> str:
+    inner = path.split("/", 2)[-1]
+    if path in entries:
+        return "engine"
+    if inner.startswith(f"{GOLDEN}/"):
+        return "golden"
+    known = {SELFTEST: "selftest", artifacts.MANIFEST: "manifest", artifacts.REPORT: "evidence"}
+    return known.get(inner) or ("asset" if inner.endswith(_ASSETS) else "part")
+
+
+def _created() -> str | None:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None:
+        return None
+    if not epoch.isdecimal() or int(epoch) > 253402300799:
+        raise UsageProblem("DT201", f"SOURCE_DATE_EPOCH must be seconds since 1970 (got {epoch!r})")
+    return datetime.fromtimestamp(int(epoch), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _size(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _sha256(content: Content) -> str:
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_file(content)
+
+
+def _chunks(content: Content) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _members(contents: Mapping[str, Content], top: str) -> Iterator[tuple[Member, Iterator[bytes]]]:
+    for name in sorted(contents):
+        content = contents[name]
+        yield Member(f"{top}/{name}", _size(content), executable=name == SELFTEST), _chunks(content)
+
+
+def _write_folder(folder: Path, contents: Mapping[str, Content]) -> None:
+    for name in sorted(contents):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            for chunk in _chunks(contents[name]):
+                file.write(chunk)
+        target.chmod(0o755 if name == SELFTEST else 0o644)

@@ -1,0 +1,183 @@
+"""Packing: equal inputs give equal bytes, and only what was proved is packed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnx")
+
+from tiny_artifact import digests, make, write_report
+
+from deploytool.artifact import Artifact
+from deploytool.bundle.contents import opened
+from deploytool.bundle.manifest import read_manifest
+from deploytool.bundle.pack import pack
+from deploytool.bundle.verify import unpack, verify_bundle
+from deploytool.errors import CheckFailed, InputRefused, IntegrityBroken, UsageProblem
+
+
+def test_folder_can_be_checked_by_sha256sum(tmp_path: Path) -> None:
+    """The checksums of a bundle folder are right for `sha256sum -c`, and name every file but themselves."""
+    manifest = pack([make(tmp_path / "a")], tmp_path / "b", name="tiny", version="1")
+    done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=tmp_path / "b", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(digests(tmp_path / "b")) - 1 == len(manifest.files) + 1
+    assert (tmp_path / "b" / "selftest.py").stat().st_mode & 0o777 == 0o755
+
+
+def test_manifest_says_what_a_device_must_know(tmp_path: Path) -> None:
+    """The manifest names runtime, entry, signature, roles and tolerances, and no place on the building machine."""
+    pack([make(tmp_path / "a")], tmp_path / "b", name="tiny", version="1")
+    text = (tmp_path / "b" / "deploytool.json").read_bytes()
+    manifest = read_manifest(text, "b")
+    (variant,) = manifest.variants
+    assert variant.runtime == {"onnxruntime": "1.31.1"} and variant.entry == "model.onnx"
+    assert variant.tolerance.cosine_min == 0.9999
+    assert {f.path.rpartition("/")[2]: f.role for f in manifest.files} == {
+        "model.onnx": "engine", "tokenizer.json": "asset", "artifact.json": "manifest", "report.json": "evidence",
+        "selftest.py": "selftest", "000.npz": "golden", "001.npz": "golden", "002.npz": "golden"}  # fmt: skip
+    assert str(tmp_path).encode() not in text
+    assert manifest.created is None
+
+
+def test_tar_bytes_depend_on_content_only(tmp_path: Path) -> None:
+    """Two tars of equal artifacts, packed in any order in different folders, are byte for byte the same."""
+    one, two = make(tmp_path / "one" / "a"), make(tmp_path / "one" / "b", "ort-2")
+    shutil.copytree(tmp_path / "one", tmp_path / "other" / "deep")
+    again = [Artifact.load(tmp_path / "other" / "deep" / name) for name in ("b", "a")]
+    pack([one, two], tmp_path / "first.tar", name="tiny", version="1", kind="tar")
+    pack(again, tmp_path / "other" / "second.tar", name="tiny", version="1", kind="tar")
+    assert (tmp_path / "first.tar").read_bytes() == (tmp_path / "other" / "second.tar").read_bytes()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_tar_is_a_plain_tar(tmp_path: Path) -> None:
+    """Any tar program reads it: one top folder, regular files, owner 0, time 0, modes 0644 and 0755."""
+    pack([make(tmp_path / "a")], tmp_path / "b.tar", name="tiny", version="1.0", kind="tar")
+    with tarfile.open(tmp_path / "b.tar", "r:") as tar:
+        members = tar.getmembers()
+    assert all(m.isreg() and m.name.startswith("tiny-1.0/") for m in members)
+    assert [m.name for m in members] == sorted(m.name for m in members)
+    assert {(m.uid, m.gid, m.mtime, m.uname) for m in members} == {(0, 0, 0, "")}
+    assert {m.mode for m in members} == {0o644, 0o755}
+
+
+def test_tar_and_folder_hold_the_same(tmp_path: Path) -> None:
+    """Unpacking the tar gives the files of the folder bundle."""
+    artifact = make(tmp_path / "a")
+    pack([artifact], tmp_path / "b", name="tiny", version="1")
+    pack([artifact], tmp_path / "b.tar", name="tiny", version="1", kind="tar")
+    manifest = unpack(tmp_path / "b.tar", tmp_path / "c")
+    assert digests(tmp_path / "b") == digests(tmp_path / "c")
+    assert manifest == verify_bundle(tmp_path / "b")
+
+
+def test_date_comes_from_the_environment_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`created` is SOURCE_DATE_EPOCH in UTC; nonsense there is refused."""
+    artifact = make(tmp_path / "a")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert pack([artifact], tmp_path / "b", name="tiny", version="1").created == "1970-01-02T00:00:00Z"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UsageProblem, match="SOURCE_DATE_EPOCH"):
+        pack([artifact], tmp_path / "c", name="tiny", version="1")
+
+
+def test_long_names_are_refused_or_kept(tmp_path: Path) -> None:
+    """A path that needs the header's prefix survives a tar; one that does not fit is refused by name."""
+    folder = tmp_path / "a"
+    artifact = make(folder)
+    (folder / ("d" * 60)).mkdir()
+    (folder / ("d" * 60) / ("e" * 90)).write_text("deep")
+    write_report(artifact.save())
+    pack([Artifact.load(folder)], tmp_path / "b.tar", name="tiny", version="1", kind="tar")
+    assert unpack(tmp_path / "b.tar", tmp_path / "c")
+    (folder / ("f" * 110)).write_text("long")
+    write_report(artifact.save())
+    with pytest.raises(InputRefused, match="must be shorter"):
+        pack([Artifact.load(folder)], tmp_path / "c.tar", name="tiny", version="1", kind="tar")
+    assert not (tmp_path / "c.tar").exists()
+
+
+def test_only_what_was_proved_is_packed(tmp_path: Path) -> None:
+    """Changed files, failed parity, a foreign, missing or stale report and missing cases each stop the packing."""
+    def attempt(artifact: Artifact) -> None:
+        pack([artifact], tmp_path / "bundle", name="tiny", version="1")
+
+    artifact = make(tmp_path / "changed")
+    (artifact.folder / "model.onnx").write_bytes(b"other")
+    with pytest.raises(IntegrityBroken, match="unchanged"):
+        attempt(artifact)
+    artifact = make(tmp_path / "failed")
+    write_report(artifact, passed=False)
+    with pytest.raises(CheckFailed):
+        attempt(artifact)
+    artifact = make(tmp_path / "stale")
+    report = json.loads((artifact.folder / "report.json").read_text())
+    (artifact.folder / "report.json").write_text(json.dumps({**report, "artifact_digest": "0" * 64}))
+    with pytest.raises(IntegrityBroken, match="belong"):
+        attempt(artifact)
+    (artifact.folder / "report.json").unlink()
+    with pytest.raises(InputRefused, match=r"report\.json"):
+        attempt(artifact)
+    artifact = make(tmp_path / "bare")
+    shutil.rmtree(artifact.folder / "golden")
+    artifact = artifact.save()
+    write_report(artifact)
+    with pytest.raises(InputRefused, match="recorded cases"):
+        attempt(artifact)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_variants_are_of_one_model_and_of_different_targets(tmp_path: Path) -> None:
+    """Two models, or one target twice, do not go into one bundle."""
+    one, same = make(tmp_path / "one"), make(tmp_path / "same")
+    other = make(tmp_path / "other", "ort-2", model={"name": "tiny", "fingerprint": "0" * 64})
+    with pytest.raises(UsageProblem, match="one artifact per target"):
+        pack([one, same], tmp_path / "b", name="tiny", version="1")
+    with pytest.raises(InputRefused, match="one model"):
+        pack([one, other], tmp_path / "b", name="tiny", version="1")
+    with pytest.raises(UsageProblem, match="at least one"):
+        pack([], tmp_path / "b", name="tiny", version="1")
+
+
+def test_nothing_but_a_bundle_is_overwritten(tmp_path: Path) -> None:
+    """An existing bundle stays unless overwriting is asked for; another folder stays even then."""
+    artifact = make(tmp_path / "a")
+    for kind, out in (("dir", tmp_path / "b"), ("tar", tmp_path / "b.tar")):
+        pack([artifact], out, name="tiny", version="1", kind=kind)  # type: ignore[arg-type]
+        with pytest.raises(UsageProblem, match="must not exist"):
+            pack([artifact], out, name="tiny", version="2", kind=kind)  # type: ignore[arg-type]
+        pack([artifact], out, name="tiny", version="2", kind=kind, overwrite=True)  # type: ignore[arg-type]
+        assert verify_bundle(out).version == "2"
+    with pytest.raises(UsageProblem, match="only a bundle"):
+        pack([artifact], tmp_path / "a", name="tiny", version="1", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65])
+def test_labels_are_plain(tmp_path: Path, name: str) -> None:
+    """A bundle's name and version can't hold what a path or a shell would read."""
+    with pytest.raises(UsageProblem):
+        pack([], tmp_path / "b", name=name, version="1")
+    with pytest.raises(UsageProblem):
+        pack([], tmp_path / "b", name="tiny", version=name)
+
+
+def test_artifacts_are_found_wherever_they_lie(tmp_path: Path) -> None:
+    """An artifact, an export folder, a bundle folder and a tar all open as artifacts by target."""
+    one, two = make(tmp_path / "out" / "a"), make(tmp_path / "out" / "b", "ort-2")
+    pack([one, two], tmp_path / "b", name="tiny", version="1")
+    pack([one, two], tmp_path / "b.tar", name="tiny", version="1", kind="tar")
+    for path in (tmp_path / "out", tmp_path / "b", tmp_path / "b.tar"):
+        with opened(path) as found:
+            assert sorted(found) == ["ort", "ort-2"]
+            found["ort"].check()
+    with opened(one.folder) as found:
+        assert list(found) == ["ort"]
+    with pytest.raises(InputRefused, match="got none"), opened(tmp_path / "nowhere"):
+        pass
