@@ -1,0 +1,71 @@
+"""Makes a traced graph small: constants folded, repeats merged, dead nodes gone, batch norms folded into their layer.
+
+The passes are those of onnx-ir and onnxscript; the order and the rule of what may be folded are ours.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript.optimizer import fold_constants
+
+_SMALL_ELEMENTS = 1024  # constants up to this size are folded always
+_RESHAPING = frozenset({"Cast", "Concat", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+_ROUNDS = 2  # shapes found in the first round let the second fold more
+
+
+def tidy(model: ir.Model) -> ir.Model:
+    """Tidy `model` in place; inputs, outputs and what it computes stay as they are."""
+    _name_transposed(model.graph)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _fuse_batch_norms(model)
+    for _ in range(_ROUNDS):
+        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        fold_constants(model, onnx_shape_inference=False, input_size_limit=_SMALL_ELEMENTS, should_fold=_may_fold)
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        passes.DeduplicateInitializersPass()(model)
+        passes.CommonSubexpressionEliminationPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
+    passes.IdentityEliminationPass()(model)
+    passes.OutputFixPass()(model)
+    passes.TopologicalSortPass()(model)
+    return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """True for the rearranging of weights that nothing else reads, so that no weight is stored twice.
+
+    A tied head keeps its Transpose: the embedding reads the same bytes. None leaves the choice to the library, which
+    folds what is small.
+    """
+    if node.op_type not in _RESHAPING:
+        return None
+    large = [v for v in node.inputs if v is not None and v.const_value is not None
+             and v.const_value.size > _SMALL_ELEMENTS]  # fmt: skip
+    if not large:
+        return None
+    return all(_only_rearranged(value) for value in large)
+
+
+def _only_rearranged(value: ir.Value) -> bool:
+    return not value.is_graph_output() and all(
+        node.op_type in _RESHAPING and all(v is None or v.const_value is not None for v in node.inputs)
+        for node, _ in value.uses()
+    )
+
+
+def _name_transposed(graph: ir.Graph) -> None:
+    """Name what Transpose makes of a weight after the weight: the folded constant keeps the name."""
+    for node in graph:
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is not None and weight.is_initializer() and not node.outputs[0].is_graph_output():
+            node.outputs[0].name = f"{weight.name}.T"
+
+
+def _fuse_batch_norms(model: ir.Model) -> None:
+    if any(node.op_type == "BatchNormalization" for node in model.graph):
+        from onnxscript.rewriter import rewrite
+        from onnxscript.rewriter.rules.common import fuse_batchnorm_rule_set
+
+        rewrite(model, pattern_rewrite_rules=fuse_batchnorm_rule_set())
