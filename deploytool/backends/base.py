@@ -1,12 +1,15 @@
 """What a backend is: a file in this folder with a `BACKEND` that builds artifacts and opens them.
 
-Adding one: a file here with `BACKEND`, a profile in targets/, a line of extras in pyproject.toml. The folder is the
-registry: the file `name.py` is the backend `name`, imported when asked for.
+Adding one: a file here with `BACKEND`, its line in `BACKENDS` below, a profile in targets/, a line of extras in
+pyproject.toml. `BACKENDS` is what can be known of a backend without importing its library: the file `name.py` is
+imported when the backend `name` first builds or opens something.
 """
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +17,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from deploytool import settings, shipped
 from deploytool.artifact import Artifact, Step
-from deploytool.errors import InternalError, UsageProblem, nearest
+from deploytool.backends import tables
+from deploytool.errors import EnvironmentLacking, InternalError, UsageProblem, nearest
 from deploytool.runner import Runner
+from deploytool.settings import Table
 from deploytool.signature import Outputs, Signature
 from deploytool.source import Source
-from deploytool.target import Target
+from deploytool.target import Target, load_target
 
 
 @dataclass(frozen=True)
@@ -68,21 +74,8 @@ class Built:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Backend(Protocol):
-    """The two verbs, and what they need.
-
-    accepts    "source" (the live module) or "onnx" (the portable graph)
-    packages   names of the Python distributions that it uses, for versions and doctor
-    extra      the extra of pyproject.toml that installs them ("" for the core)
-    """
-
-    accepts: Literal["source", "onnx"]
-    packages: tuple[str, ...]
-    extra: str
-
-    def probe(self, target: Target) -> Probe:
-        """Whether `target` can be built and run here; never raises, imports nothing heavy."""
-        ...
+class Engine(Protocol):
+    """What the file of a backend holds as `BACKEND`: the two verbs, with the heavy library at the file's top."""
 
     def build(self, request: Request) -> Built:
         """Write the engine into `request.out`."""
@@ -93,18 +86,102 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Backend:
+    """A backend as seen from outside: known without importing it; `build` and `open` import its file.
+
+    accepts    "source" (the live module) or "onnx" (the portable graph)
+    packages   names of the Python distributions that it uses, for versions and doctor
+    modules    import names that must be there; "a|b" when either will do
+    extra      the extra of pyproject.toml that installs them
+    table      what the profile's `[build]` may hold
+    driver     import-free check that built engines can run here: "" for CPUs, "nvidia" for a GPU's driver
+    """
+
+    name: str
+    accepts: Literal["source", "onnx"]
+    packages: tuple[str, ...]
+    modules: tuple[str, ...]
+    extra: str
+    table: type[Table]
+    driver: Literal["", "nvidia"] = ""
+
+    @property
+    def fix(self) -> str:
+        """The command that installs what the backend needs."""
+        return f"pip install 'deploytool[{self.extra}]'"
+
+    def probe(self, target: Target) -> Probe:
+        """Whether `target` can be built and run here; never raises, imports nothing heavy."""
+        absent = [name for name in self.modules if not any(_importable(part) for part in name.split("|"))]
+        if absent:
+            return Probe(False, False, f"not installed: {', '.join(absent)}", self.fix)
+        if self.driver == "nvidia" and not _nvidia_driver():
+            return Probe(True, False, "no NVIDIA driver here: engines are built, but run elsewhere",
+                         "run it on a machine with an NVIDIA GPU and driver")  # fmt: skip
+        return Probe(True)
+
+    def check(self, target: Target, path: Path | None = None) -> None:
+        """Raise UsageProblem unless the profile's `[build]` fits this backend; `path` is its file, for line numbers."""
+        settings.check_table(
+            dict(target.build), self.table, text=path.read_text(encoding="utf-8") if path else "",
+            where=str(path) if path else f"target {target.name!r}", prefix=("build",),
+        )  # fmt: skip
+
+    def build(self, request: Request) -> Built:
+        """Write the engine into `request.out`; raises EnvironmentLacking when a package is missing."""
+        self.check(request.target)
+        return self._engine().build(request)
+
+    def open(self, artifact: Artifact) -> Runner:
+        """Open the engine of an artifact; raises EnvironmentLacking when a package is missing."""
+        return self._engine().open(artifact)
+
+    def _engine(self) -> Engine:
+        try:
+            engine: Engine = importlib.import_module(f"deploytool.backends.{self.name}").BACKEND
+        except ImportError as error:
+            raise EnvironmentLacking(
+                "DT401", f"backend {self.name!r} must be able to import {', '.join(self.modules)} (got: {error})",
+                fix=self.fix,
+            ) from error  # fmt: skip
+        return engine
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("eager", "source", ("torch",), ("torch",), "torch", tables.NoSettings),
+        Backend("torchscript", "source", ("torch",), ("torch",), "torch", tables.TorchScriptBuild),
+        Backend("fbgemm", "source", ("torch",), ("torch",), "torch", tables.FbgemmBuild),
+        Backend("onnxruntime", "onnx", ("onnxruntime", "onnx"), ("onnxruntime", "onnx"), "onnx",
+                tables.OnnxRuntimeBuild),
+        Backend("openvino", "onnx", ("openvino", "nncf", "onnx"), ("openvino", "nncf"), "openvino",
+                tables.OpenVinoBuild),
+        Backend("tensorrt", "onnx", ("tensorrt", "tensorrt-rtx-cu13", "onnxruntime", "onnx"),
+                ("tensorrt|tensorrt_rtx", "onnxruntime", "onnx"), "tensorrt", tables.TensorRtBuild, driver="nvidia"),
+    )
+}  # fmt: skip
+
+
 def backend_names() -> list[str]:
-    """Names of the backends: the files of this folder."""
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "base"))
+    """Names of the backends, sorted."""
+    return sorted(BACKENDS)
 
 
 def find_backend(name: str) -> Backend:
-    """Import a backend by name."""
-    if name not in backend_names():
+    """The backend of a name; nothing heavy is imported."""
+    if name not in BACKENDS:
         raise UsageProblem("DT201", f"the backend must be a known one (got {name!r})",
-                           detail=[nearest(name, backend_names())])  # fmt: skip
-    backend: Backend = importlib.import_module(f"deploytool.backends.{name}").BACKEND
-    return backend
+                           detail=[nearest(name, BACKENDS)])  # fmt: skip
+    return BACKENDS[name]
+
+
+def load_checked_target(name: str) -> Target:
+    """`load_target`, and its backend and `[build]` table checked too, with file and line."""
+    target = load_target(name)
+    find_backend(target.backend).check(target, shipped.find("targets", name, ".toml"))
+    return target
 
 
 def open_artifact(artifact: Artifact) -> Runner:
@@ -147,8 +224,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def missing(packages: Iterable[str]) -> list[str]:
-    """The distributions among `packages` that are not installed here."""
-    names = list(packages)
-    found = versions(names)
-    return [name for name in names if name not in found]
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or ctypes.util.find_library("cuda") is not None

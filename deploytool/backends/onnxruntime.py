@@ -1,0 +1,101 @@
+"""ONNX Runtime on CPUs: the portable graph as it is, or with dynamic int8 (ort_int8.py)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from deploytool.artifact import MANIFEST, Artifact
+from deploytool.backends import tables
+from deploytool.backends.base import Built, Request
+from deploytool.backends.engine import EngineRunner, threads_of
+from deploytool.backends.ort_int8 import quantize
+from deploytool.errors import BackendFailed, InternalError, UsageProblem
+from deploytool.runner import Runner
+from deploytool.signature import Feeds, Signature
+
+ENTRY = "model.onnx"
+_LEVELS = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_ERROR = 3  # ONNX Runtime's log level: warnings about unused initializers are not for users
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """Builds `model.onnx` from the portable graph."""
+
+    def build(self, request: Request) -> Built:
+        """Copy the graph (fp32) or quantize it (int8), and see that ONNX Runtime opens it."""
+        options = tables.OnnxRuntimeBuild(**request.target.build)
+        portable = portable_of(request)
+        settings: dict[str, object] = {"optimization": options.optimization}
+        if request.target.precision == "int8":
+            settings |= quantize(portable.main_file, request, options, request.out / ENTRY)
+        elif request.target.precision == "fp32":
+            copy_graph(portable, request.out)
+        else:
+            raise UsageProblem("DT202", f"precision must be fp32 or int8 for ONNX Runtime on CPUs "
+                                        f"(got {request.target.precision})")  # fmt: skip
+        open_session(request.out / ENTRY, threads=1, optimization=options.optimization)
+        return Built("onnx", ENTRY, request.target.precision, settings=settings)
+
+    def open(self, artifact: Artifact) -> Runner:
+        """Open the graph with the artifact's threads and optimization level."""
+        level = str(artifact.settings.get("optimization", "all"))
+        return SessionRunner(open_session(artifact.main_file, threads_of(artifact), level), artifact.signature)
+
+
+class SessionRunner(EngineRunner):
+    """Runs an ONNX Runtime session; inputs and outputs are matched by name."""
+
+    def __init__(self, session: ort.InferenceSession, signature: Signature) -> None:
+        super().__init__(signature)
+        self.session = session
+
+    def infer(self, feeds: Feeds) -> Sequence[np.ndarray]:
+        """One call of the session."""
+        try:
+            outputs: list[np.ndarray] = self.session.run(list(self.signature.output_names), dict(feeds))
+        except Exception as error:  # the library raises a class of its own per status, without a common base
+            raise BackendFailed("DT504", f"ONNX Runtime must run the graph (got: {error})"[:2000],
+                                detail=[f"{n}: {list(a.shape)}" for n, a in feeds.items()]) from error  # fmt: skip
+        return outputs
+
+
+def open_session(path: Path, threads: int, optimization: str = "all") -> ort.InferenceSession:
+    """A session on the CPU; raises BackendFailed with the library's text."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = _LEVELS[optimization]
+    options.log_severity_level = _ERROR
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # see SessionRunner.infer
+        raise BackendFailed("DT504", f"ONNX Runtime must open {path.name} (got: {error})"[:2000]) from error
+
+
+def portable_of(request: Request) -> Artifact:
+    """The ONNX lowering that a request must bring."""
+    if request.portable is None:
+        raise InternalError("DT900", f"target {request.target.name!r} must be built from ONNX (got none)")
+    return request.portable
+
+
+def copy_graph(portable: Artifact, out: Path) -> None:
+    """Copy the graph and its external data; plain copies, since ONNX Runtime follows hard links out of the folder."""
+    for entry in portable.files:
+        if entry.path != MANIFEST and "/" not in entry.path:
+            shutil.copyfile(portable.folder / entry.path, out / entry.path)
+
+
+BACKEND = OnnxRuntime()

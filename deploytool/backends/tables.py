@@ -1,0 +1,101 @@
+"""What the `[build]` table of a profile may hold, one class per backend. Light: nothing heavy is imported here.
+
+A value left out takes its default. Layer and node names are those of the model (`encoder.layer.0.output.dense`) or of
+the lowered graph (`/encoder/layer.0/output/dense/MatMul`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from deploytool.settings import Table
+
+
+class NoSettings(Table):
+    """A backend without build settings."""
+
+
+class TorchScriptBuild(Table):
+    """`optimize`: run `torch.jit.optimize_for_inference` when the artifact is opened."""
+
+    optimize: bool = True
+
+
+class KeepFp32(Table):
+    """Which layers a quantizer leaves alone.
+
+    keep_fp32   how many of the most sensitive layers stay fp32; left out: the backend's own default for this model
+    exclude     names of layers that stay fp32 in any case; a name that does not exist is refused
+    samples     how many calibration feeds the ranking and the calibration read
+    """
+
+    keep_fp32: int | None = Field(default=None, ge=0, le=10_000)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+    samples: int = Field(default=8, ge=1, le=10_000)
+
+
+class FbgemmBuild(KeepFp32):
+    """`weight_bits` 7 cannot saturate on CPUs without VNNI; 8 is more exact where the CPU has it.
+
+    `embeddings` stores embedding tables as 8-bit rows: four times smaller, a little less exact.
+    """
+
+    weight_bits: Literal[7, 8] = 7
+    recurrent: bool = True
+    embeddings: bool = False
+
+
+class OnnxRuntimeBuild(KeepFp32):
+    """`optimization` holds for every precision, the rest for int8 only.
+
+    optimization   how far ONNX Runtime rewrites the graph when it is opened
+    op_types       operators that become int8: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather", "Conv"
+    reduce_range   7-bit weights: cannot saturate on CPUs without VNNI
+    """
+
+    optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    op_types: tuple[Literal["MatMul", "LSTM", "Attention", "Gather", "Conv"], ...] = Field(
+        default=("MatMul", "LSTM", "Attention"), strict=False
+    )
+    reduce_range: bool = True
+
+
+class OpenVinoBuild(Table):
+    """For int8 only.
+
+    model_type   "transformer" smooths activations and leaves attention arithmetic alone; "auto" reads the graph
+    preset       "mixed": asymmetric activations; "performance": symmetric ones
+    samples      how many calibration feeds NNCF reads
+    exclude      node names that stay fp32
+    """
+
+    model_type: Literal["auto", "transformer", "none"] = "auto"
+    preset: Literal["mixed", "performance"] = "mixed"
+    samples: int = Field(default=32, ge=1, le=10_000)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class SizeRange(Table):
+    """Sizes of one free dimension that an engine takes, and the one that it is tuned for."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("must hold min <= opt <= max")
+        return self
+
+
+class TensorRtBuild(Table):
+    """`profile` maps free dimensions to sizes; those left out are read from the calibration feeds.
+
+    `fp32_ops` are operators of the ONNX graph that stay fp32 in an fp16 engine, beside those that always do.
+    """
+
+    profile: dict[str, SizeRange] = Field(default_factory=dict)
+    fp32_ops: tuple[str, ...] = Field(default=(), strict=False)
