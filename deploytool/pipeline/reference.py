@@ -11,6 +11,7 @@ from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.cache import Prepared
 from deploytool.cases import case_files
+from deploytool.signature import Signature
 from deploytool.source import ModelRef
 from deploytool.storage import read_json, write_json
 from deploytool.target import Target, load_target
@@ -33,6 +34,11 @@ class Reference:
         """The model that quality and speed are measured against: the uncompressed one."""
         original = self.prepared.info["original"]
         return ModelRef(**original) if original else self.ref
+
+    @property
+    def signature(self) -> Signature:
+        """The model's signature."""
+        return Signature.from_json(read_json(self.prepared.folder / "signature.json"))
 
     @property
     def cases(self) -> list[Path]:

