@@ -2,7 +2,8 @@
 
 A `Worker` is one child. It runs functions named "module:function", or holds one object and runs its methods.
 Arguments and results are JSON over a private pipe; arrays go through files. What the child prints goes to a log file
-of bounded size. A crash, a time or memory limit ends as one BackendFailed that names the log.
+that is cut to its newest end when it outgrows its limit. A crash, a time or memory limit ends as one BackendFailed
+that names the log. The child ends with the thread that made it: make workers in a thread that outlives them.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import importlib
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import platformdirs
 import psutil
@@ -32,9 +34,14 @@ from deploytool.errors import BackendFailed, DeployError, from_json
 
 _LOG_LIMIT_BYTES = 8_000_000
 _LOG_TAIL_BYTES = 64_000
-_POLL_SECONDS = 0.2
-_GRACE_SECONDS = 5.0
+_LINE_LIMIT_BYTES = 256_000_000
+_POLL_SECONDS = 0.05
+_MEMORY_POLL_SECONDS = 0.2  # walking the process tree takes milliseconds, which a timed child would feel
+_CLOSE_SECONDS = 5.0
+_GRACE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
+# With -P, or a file in the working folder could stand in for a library; the package itself may lie in a checkout.
+_CHILD = "import sys; sys.path.append(sys.argv[1]); from deploytool.worker import serve; serve(*map(int, sys.argv[2:]))"
 _COUNTER = itertools.count()
 # Runtimes must not phone home, and tokenizers must not warn about forks.
 _CHILD_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -68,20 +75,25 @@ class Worker:
         self._say = say or (lambda line: None)
         folder = cache_folder() / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / f"{name.replace('/', '-').replace(' ', '-')}-{os.getpid()}-{next(_COUNTER)}.log"
+        self.log = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:80]}-{os.getpid()}-{next(_COUNTER)}.log"
         self.peak_bytes = 0
         self._failed = False
+        self._closed = False
+        self._memory_checked = 0.0
+        self._buffer = bytearray()
+        self._searched = 0
         requests, self._requests = os.pipe()
         self._replies, replies = os.pipe()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from deploytool.worker import serve; serve({requests}, {replies})"],
+                [sys.executable, "-P", "-X", "faulthandler", "-c", _CHILD, str(Path(__file__).parents[1]),
+                 str(os.getpid()), str(requests), str(replies)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(requests, replies),
                 start_new_session=True, env={**os.environ, **_CHILD_ENVIRONMENT, **(environment or {})},
             )  # fmt: skip
         os.close(requests)
         os.close(replies)
-        self._buffer = b""
+        os.set_blocking(self._requests, False)  # a child that does not read must not hang us
 
     @property
     def pid(self) -> int:
@@ -100,14 +112,7 @@ class Worker:
         return self._ask({"method": method, "arguments": arguments})
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        try:
-            os.write(self._requests, json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
-            self._raise_dead()
-        reply = json.loads(self._read_reply())
-        while "progress" in reply:
-            self._say(reply["progress"])
-            reply = json.loads(self._read_reply())
+        reply = self._exchange(json.dumps(request).encode() + b"\n")
         if "result" in reply:
             return reply["result"]
         self._failed = True
@@ -117,23 +122,72 @@ class Worker:
             raise self._failure("DT503", "must fit into memory (got a MemoryError)")
         raise self._failure("DT504", f"must end well (got {reply['crash']})")
 
-    def _read_reply(self) -> bytes:
+    def _exchange(self, request: bytes) -> dict[str, Any]:
+        """Send one line and wait for the answer, passing on progress and watching the limits meanwhile."""
         deadline = None if self.limits.seconds is None else time.monotonic() + self.limits.seconds
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([self._replies], [], [], _POLL_SECONDS)
-            if ready:
-                data = os.read(self._replies, 1 << 20)
-                if not data:
-                    self._raise_dead()
-                self._buffer += data
-                continue
-            self._cap_log()
-            self._check_memory()
-            if deadline is not None and time.monotonic() > deadline:
-                self._kill()
-                raise self._failure("DT502", f"must end within {self.limits.seconds:g} s (it was stopped)")
-        line, _, self._buffer = self._buffer.partition(b"\n")
+        unsent = memoryview(request)
+        poll = select.poll()
+        poll.register(self._replies, select.POLLIN)
+        poll.register(self._requests, select.POLLOUT)
+        while True:
+            while (line := self._next_line()) is not None:
+                reply = self._parse(line)
+                if "progress" not in reply:
+                    return reply
+                self._say(str(reply["progress"]))
+            ready = dict(poll.poll(_POLL_SECONDS * 1e3))
+            if self._requests in ready:
+                unsent = unsent[self._write(unsent) :]
+                if not unsent:
+                    poll.unregister(self._requests)
+            if self._replies in ready:
+                self._read()
+            elif self._process.poll() is not None and not select.select([self._replies], [], [], 0)[0]:
+                self._raise_dead()  # a grandchild holds the pipe open
+            self._watch(deadline)
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self._requests, data)
+        except BrokenPipeError:
+            self._raise_dead()
+
+    def _read(self) -> None:
+        data = os.read(self._replies, 1 << 20)
+        if not data:
+            self._raise_dead()
+        self._buffer += data
+        if len(self._buffer) > _LINE_LIMIT_BYTES and b"\n" not in data:
+            self._raise_corrupt(f"{len(self._buffer)} bytes without an end")
+
+    def _next_line(self) -> bytes | None:
+        end = self._buffer.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._buffer)
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
         return line
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict) or not reply.keys() & {"result", "error", "crash", "progress"}:
+            self._raise_corrupt(repr(line[:40]))
+        return reply
+
+    def _watch(self, deadline: float | None) -> None:
+        now = time.monotonic()
+        self._cap_log()
+        if now - self._memory_checked > _MEMORY_POLL_SECONDS:
+            self._check_memory()
+            self._memory_checked = now
+        if deadline is not None and now > deadline:
+            self._kill()
+            raise self._failure("DT502", f"must end within {self.limits.seconds:g} s (it was stopped)")
 
     def _check_memory(self) -> None:
         used = _tree_rss(self._process.pid)
@@ -152,40 +206,52 @@ class Worker:
             with self.log.open("ab") as log:
                 log.write(b"[earlier output dropped]\n" + tail)
 
-    def _raise_dead(self) -> None:
+    def _raise_dead(self) -> NoReturn:
+        try:
+            got = _ending(self._process.wait(_GRACE_SECONDS))
+        except subprocess.TimeoutExpired:
+            got = "a closed pipe"
         self._kill()
-        status = self._process.returncode
-        got = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status} without an answer"
         raise self._failure("DT501", f"must answer (got {got})")
+
+    def _raise_corrupt(self, got: str) -> NoReturn:
+        self._kill()
+        raise self._failure("DT501", f"must answer with a line of JSON (got {got})")
 
     def _failure(self, code: str, sentence: str) -> BackendFailed:
         self._failed = True
+        self._cap_log()
         said = _tail(self.log) if code == "DT501" else []
         return BackendFailed(code, f"the process for {self.name} {sentence}", detail=said,
                              fix=f"the whole log is {self.log}")  # fmt: skip
 
-    def _kill(self) -> None:
-        for sign, wait in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, _GRACE_SECONDS)):
+    def _kill(self, grace: float = _GRACE_SECONDS) -> None:
+        """End the child and all that descends from it; a child that ignores SIGTERM gets `grace` seconds."""
+        family = _descendants(self._process.pid)
+        if grace and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, sign)
-            try:
-                self._process.wait(wait)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        _kill_group(self._process.pid)
+                os.killpg(self._process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace)
+        _kill_all(self._process.pid, family)
+        self._process.wait()
 
     def close(self) -> None:
         """End the child; its log goes when nothing failed."""
-        for handle in (self._requests, self._replies):
-            with contextlib.suppress(OSError):
-                os.close(handle)
+        if self._closed:
+            return
+        self._closed = True
+        family = _descendants(self._process.pid)
+        os.close(self._requests)
+        os.close(self._replies)
         try:
-            self._process.wait(_GRACE_SECONDS)
+            self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._kill()
-        _kill_group(self._process.pid)
-        if not self._failed:
+        _kill_all(self._process.pid, family)
+        if self._failed:
+            self._cap_log()
+        else:
             self.log.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -195,35 +261,59 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, Exception):
-            self._kill()  # interrupted: do not wait for a busy child
+            self._kill(grace=0)  # interrupted: do not wait for a busy child
         self.close()
 
 
-def _kill_group(pid: int) -> None:
-    """Grandchildren share the group; none may outlive the worker."""
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status} without an answer"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = str(-status)
+    return f"signal {name}" + (", which the kernel sends when memory runs out" if name == "SIGKILL" else "")
+
+
+def _kill_all(pid: int, family: Iterable[psutil.Process]) -> None:
+    """End the child's process group, and descendants that left it; none may outlive the worker."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return []
 
 
 def _tree_rss(pid: int) -> int:
     """Resident bytes of a process and its descendants."""
     try:
-        root = psutil.Process(pid)
-        return sum(_rss(p) for p in (root, *root.children(recursive=True)))
-    except psutil.NoSuchProcess:
+        return sum(_rss(p) for p in (psutil.Process(pid), *_descendants(pid)))
+    except psutil.Error:
         return 0
 
 
 def _rss(process: psutil.Process) -> int:
     try:
         return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return 0
 
 
-def _tail(log: Path, lines: int = 5) -> list[str]:
-    text = log.read_bytes()[-4000:].decode(errors="replace")
-    return [line[:300] for line in text.splitlines() if line.strip()][-lines:]
+def _tail(log: Path, lines: int = 8) -> list[str]:
+    """What the log ends with: the dump of a fatal error from its first line, else the last lines."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16_000))
+        text = file.read().decode(errors="replace")
+    _, mark, dump = text.rpartition("Fatal Python error")
+    said = [line[:300] for line in (mark + dump if mark else text).splitlines() if line.strip()]
+    return said[:lines] if mark else said[-lines:]
 
 
 def run(
@@ -254,12 +344,16 @@ def _send(pipe: int, reply: Mapping[str, Any]) -> None:
         data = data[os.write(pipe, data) :]
 
 
-def serve(requests: int, replies: int) -> None:
+def serve(parent: int, requests: int, replies: int) -> None:
     """The child's loop: one JSON request a line, one JSON reply a line, until the parent closes the pipe."""
     global _reply_pipe
     # A parent that is killed outright cannot clean up; the kernel then ends this child too.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return  # it was killed before the kernel knew
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.set_inheritable(requests, False)
+    os.set_inheritable(replies, False)
     _reply_pipe = replies
     held: list[Any] = []
     with os.fdopen(requests, "rb") as lines:
