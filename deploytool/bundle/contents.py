@@ -29,7 +29,7 @@ def opened(path: Path) -> Iterator[dict[str, Artifact]]:
     elif (path / artifacts.MANIFEST).is_file():
         yield _by_target(path, [path])
     else:
-        yield _by_target(path, sorted(place.parent for place in path.glob(f"*/{artifacts.MANIFEST}")))
+        yield _by_target(path, sorted(place.parent for place in path.glob(f"[!.]*/{artifacts.MANIFEST}")))
 
 
 def _by_target(path: Path, folders: list[Path]) -> dict[str, Artifact]:

@@ -112,12 +112,16 @@ def _check_fit(artifact: Artifact) -> None:
     if not report.is_file():
         raise InputRefused("DT309", f"an artifact must hold its {artifacts.REPORT} (got {artifact.folder} without)",
                            fix="export it again; an unverified artifact is not packed")  # fmt: skip
-    said = read_json(report)
+    try:
+        said = dict(read_json(report))
+    except (ValueError, TypeError) as error:
+        raise InputRefused("DT309", f"{report} must be a JSON object (got: {error})") from error
     if said.get("artifact_digest") != sha256_file(artifact.folder / artifacts.MANIFEST):
         raise IntegrityBroken("DT601", f"{report} must belong to the {artifacts.MANIFEST} beside it (got another "
                                        f"digest)", fix="export it again")  # fmt: skip
-    if (said.get("parity") or {}).get("passed") is not True:
-        raise CheckFailed("DT101", f"an artifact must have passed parity (got {artifact.folder}, which has not)")
+    if (said.get("parity") or {}).get("passed") is not True or said.get("status") != "ok":
+        raise CheckFailed("DT101", f"an artifact must have passed its export (got {artifact.folder}, which has not)",
+                          detail=[str(said["reason"])] if said.get("reason") else [])  # fmt: skip
     if not any(f.path.startswith(f"{GOLDEN}/") for f in artifact.files):
         raise InputRefused("DT309", f"an artifact must hold recorded cases in {GOLDEN}/ (got {artifact.folder} "
                                     f"without)", fix="export it again")  # fmt: skip

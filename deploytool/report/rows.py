@@ -1,0 +1,104 @@
+"""Results as rows of text: the one source of the table and of the Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deploytool.results import Verdict
+
+_NONE = "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A header, rows of the same length, which columns hold numbers, and lines to stand below."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: frozenset[str]
+    lines: tuple[str, ...] = ()
+
+
+_EXPORT = ("target", "status", "precision", "size MB", "worst cosine", "max abs", "metrics: reference -> artifact",
+           "p50 ms", "speed-up [95 %]", "peak MB", "verdict")  # fmt: skip
+_NUMBERS = frozenset({"size MB", "worst cosine", "max abs", "p50 ms", "peak MB", "measured", "limit"})
+
+
+def export_grid(report: Mapping[str, Any]) -> Grid:
+    """One row per target of the report that `export --json` prints; reasons and findings as lines."""
+    targets = report["targets"]
+    lines = [f"{t['target']}: {line}" for t in targets for line in _remarks(t)]
+    return Grid(_EXPORT, tuple(_export_row(t) for t in targets), _NUMBERS, tuple(lines))
+
+
+def check_grid(verdict: Verdict | Mapping[str, Any]) -> Grid:
+    """One row per finding of a verdict, those that decide first; the verdict itself as the last line."""
+    data = verdict.to_json() if isinstance(verdict, Verdict) else verdict
+    order = {"fail": 0, "inconclusive": 1, "pass": 2, "note": 3}
+    findings = sorted(data["findings"], key=lambda f: order[f["status"]])
+    rows = tuple((f["gate"], f["subject"], f["status"], _measured(f["measured"], f["unit"]),
+                  _measured(f["limit"], f["unit"]), f["sentence"]) for f in findings)  # fmt: skip
+    counts = {status: sum(f["status"] == status for f in findings) for status in order}
+    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "nothing was looked at"
+    return Grid(("gate", "subject", "status", "measured", "limit", "finding"), rows, _NUMBERS,
+                (f"verdict: {data['status']} ({said})",))  # fmt: skip
+
+
+def _export_row(target: Mapping[str, Any]) -> tuple[str, ...]:
+    outputs = list(((target.get("parity") or {}).get("outputs") or {}).values())
+    speed = target.get("speed") or {}
+    return (
+        str(target["target"]),
+        str(target["status"]),
+        str(target.get("precision") or _NONE),
+        _scaled(target.get("size_bytes"), 1e6, "{:.2f}"),
+        _extreme(min, outputs, "cosine", "{:.6f}"),
+        _extreme(max, outputs, "max_abs", "{:.2e}"),
+        ", ".join(_metrics(target)) or _NONE,
+        _scaled(speed.get("p50_ms"), 1, "{:.3f}"),
+        _speedup(speed),
+        _scaled((target.get("memory") or {}).get("peak_rss_bytes"), 1e6, "{:.0f}"),
+        str(speed.get("verdict") or _NONE),
+    )
+
+
+def _metrics(target: Mapping[str, Any]) -> Iterator[str]:
+    for name, pair in (target.get("quality") or {}).items():
+        yield f"{name} {_number(pair.get('reference'))} -> {_number(pair.get('candidate'))}"
+    if generation := target.get("generation"):
+        yield f"same tokens {_number(generation['agreement'])}"
+
+
+def _remarks(target: Mapping[str, Any]) -> Iterator[str]:
+    if target.get("reason"):
+        yield str(target["reason"])
+    findings = [str(finding) for finding in target.get("findings") or ()]
+    if target.get("executed") is False and not any("not executed" in finding for finding in findings):
+        yield "not executed here: the engine was built for other hardware"
+    yield from findings
+
+
+def _extreme(choose: Any, outputs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    values = [output[key] for output in outputs if output.get(key) is not None]
+    return form.format(choose(values)) if values else _NONE
+
+
+def _scaled(value: float | None, unit: float, form: str) -> str:
+    return _NONE if value is None else form.format(value / unit)
+
+
+def _speedup(speed: Mapping[str, Any]) -> str:
+    if speed.get("speedup") is None:
+        return _NONE
+    interval = speed.get("speedup_ci")
+    return f"{speed['speedup']:.2f}x" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else _NONE if value is None else str(value)
+
+
+def _measured(value: Any, unit: str) -> str:
+    return _number(value) + (f" {unit}" if unit and value is not None else "")
