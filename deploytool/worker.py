@@ -99,15 +99,15 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, function: str, **arguments: Any) -> Any:
+    def call(self, function: str, /, **arguments: Any) -> Any:
         """Run "module:function" in the child and return what it returned."""
         return self._ask({"function": function, "arguments": arguments})
 
-    def create(self, kind: str, **arguments: Any) -> None:
+    def create(self, kind: str, /, **arguments: Any) -> None:
         """Make the object "module:Class" in the child; `invoke` then runs its methods."""
         self._ask({"create": kind, "arguments": arguments})
 
-    def invoke(self, method: str, **arguments: Any) -> Any:
+    def invoke(self, method: str, /, **arguments: Any) -> Any:
         """Run a method of the object that `create` made."""
         return self._ask({"method": method, "arguments": arguments})
 
@@ -317,7 +317,7 @@ def _tail(log: Path, lines: int = 8) -> list[str]:
 
 
 def run(
-    name: str, function: str, limits: Limits = NO_LIMITS, say: Callable[[str], None] | None = None, **arguments: Any
+    name: str, function: str, /, limits: Limits = NO_LIMITS, say: Callable[[str], None] | None = None, **arguments: Any
 ) -> Any:
     """Run one function in a child of its own; `say` gets what it reports as progress."""
     with Worker(name, limits, say=say) as worker:

@@ -26,7 +26,7 @@ SIGNATURE = Signature((TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("
 @pytest.fixture(autouse=True)
 def child_finds_planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Child processes import the planted runners from this folder, and keep their logs in a folder of the test."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     monkeypatch.setenv("DEPLOYTOOL_CACHE", str(tmp_path / "cache"))
 
 
