@@ -1,0 +1,82 @@
+"""deploytool inspect"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploytool.cli import options
+from deploytool.worker import Limits
+
+
+@click.command("inspect")
+@click.argument("thing", required=False)
+@options.limits_options
+@options.json_option
+def command(thing: str | None, limits: Limits, as_json: bool) -> None:
+    """Show what THING holds: a model (name, file, folder), an artifact, an export's output, or a bundle."""
+    name = options.model_or_default(thing, options.say(False))
+    found = _artifacts(Path(name)) if Path(name).exists() else None
+    if found is None:
+        found = _model(name, limits)
+    if as_json:
+        options.print_json({"schema_version": "1.0", **found})
+    else:
+        click.echo("\n".join(_text(found)))
+
+
+def _artifacts(path: Path) -> dict[str, Any] | None:
+    """What lies at a path, or None when that is a model rather than something that deploytool made of one."""
+    from deploytool.artifact import MANIFEST
+    from deploytool.bundle.contents import opened
+    from deploytool.bundle.manifest import MANIFEST as BUNDLE
+
+    if path.suffix == ".py" or not (
+        path.is_file() or (path / BUNDLE).is_file() or (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}"))
+    ):
+        return None
+    with opened(path) as artifacts:
+        rows = [{"target": name, "folder": str(a.folder), **a.to_json()} for name, a in artifacts.items()]
+    return {"kind": "artifacts", "artifacts": rows}
+
+
+def _model(name: str, limits: Limits) -> dict[str, Any]:
+    from deploytool import worker
+    from deploytool.load.resolve import resolve
+
+    ref = resolve(name)
+    about: dict[str, Any] = worker.run(f"inspecting {ref.name}", "deploytool.load.describe:describe_job", limits,
+                                       ref=asdict(ref))  # fmt: skip
+    return {"kind": "model", "model": asdict(ref), **about}
+
+
+def _text(found: dict[str, Any]) -> list[str]:
+    if found["kind"] == "artifacts":
+        return [line for artifact in found["artifacts"] for line in _artifact_text(artifact)]
+    lines = [f"model {found['model']['name']} ({found['model']['kind']})"]
+    lines += _signature_text(found["signature"])
+    lines += [f"{found['parameters']} parameters, {found['size_bytes']} bytes, {found['samples']} samples",
+              f"hooks: {', '.join(found['hooks']) or 'none'}"]  # fmt: skip
+    for layer in found["layers"]:
+        zeros = f", {layer['sparsity']:.1%} zeros" if layer["sparsity"] else ""
+        lines.append(f"  {layer['name']:<48} {layer['kind']:<14} {layer['shape']!s:<16} {layer['size_bytes']} B{zeros}")
+    return lines
+
+
+def _signature_text(signature: dict[str, Any]) -> list[str]:
+    return [
+        f"  {side[:-1]:<7}{spec['name']}: {spec['dtype']}[{', '.join(map(str, spec['shape']))}]"
+        for side in ("inputs", "outputs")
+        for spec in signature[side]
+    ]
+
+
+def _artifact_text(artifact: dict[str, Any]) -> list[str]:
+    runs = "" if artifact["executes"] else ", built for hardware that is not here"
+    lines = [f"{artifact['target']}: {artifact['format']} {artifact['precision']} for {artifact['backend']}{runs}"]
+    lines += _signature_text(artifact["signature"])
+    lines += [f"  {step['name']}: {step['seconds']:.1f} s, {step['versions']}" for step in artifact["history"]]
+    return lines + [f"  {f['size']:>12} B  {f['path']}" for f in artifact["files"]]
