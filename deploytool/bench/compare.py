@@ -16,7 +16,7 @@ from deploytool.worker import Limits, Worker
 
 _WARM_UP_SHARE = 0.05
 _WARM_UP_SECONDS = 1.0
-_WARM_UP_RUNS = 200
+_WARM_UP_RUNS = 10_000
 _GUARD_THREADS = 8
 _OPENER = "deploytool.backends.base:open_artifact"
 
