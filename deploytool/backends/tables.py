@@ -28,12 +28,12 @@ class KeepFp32(Table):
 
     keep_fp32   how many of the most sensitive layers stay fp32; left out: the backend's own default for this model
     exclude     names of layers that stay fp32 in any case; a name that does not exist is refused
-    samples     how many calibration feeds the ranking and the calibration read
+    samples     how many of the calibration feeds the ranking reads
     """
 
     keep_fp32: int | None = Field(default=None, ge=0, le=10_000)
     exclude: tuple[str, ...] = Field(default=(), strict=False)
-    samples: int = Field(default=8, ge=1, le=10_000)
+    samples: int = Field(default=4, ge=1, le=10_000)
 
 
 class FbgemmBuild(KeepFp32):
