@@ -101,7 +101,7 @@ def _guard_threads(artifacts: Sequence[Artifact]) -> int:
 def summarize(blocks: Sequence[Block], costs: Mapping[str, Mapping[str, Any]], *, seed: int) -> dict[str, Any]:
     """The result of the blocks; `costs` holds what each process cost, the candidate under "".
 
-    When every block was disturbed, times are told from all of them, but nothing is decided.
+    Where every block was disturbed, times are told from all of them, but nothing is decided.
     """
     quiet = undisturbed(blocks)
     used = quiet or list(blocks)
@@ -113,7 +113,8 @@ def summarize(blocks: Sequence[Block], costs: Mapping[str, Mapping[str, Any]], *
                      + ("" if quiet else ", which is all: times are of disturbed blocks"))  # fmt: skip
     notes += [f"{label} needs {runs_needed(share)} runs (got {len(own)})"
               for label, share in (("p90", 0.9), ("p99", 0.99)) if len(own) < runs_needed(share)]  # fmt: skip
-    against = {name: _against(name, quiet, used, seed) | dict(costs[name]) for name in names}
+    against = {name: _against([b for b in blocks if b.reference == name], quiet, seed) | dict(costs[name])
+               for name in names}  # fmt: skip
     notes += [f"against {name}: {a['blocks']} undisturbed blocks, a verdict needs {MIN_BLOCKS}; allow more time"
               for name, a in against.items() if a["blocks"] < MIN_BLOCKS]  # fmt: skip
     return {
@@ -141,16 +142,14 @@ def _times(samples: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _against(name: str, quiet: Sequence[Block], used: Sequence[Block], seed: int) -> dict[str, Any]:
-    samples = [t for b in used if b.reference == name for slot in b.reference_ms for t in slot]
-    if not samples:  # every block of this reference was disturbed, though not every block of the others
-        return {"p50_ms": None, "p90_ms": None, "p99_ms": None, "runs": 0, "blocks": 0,
-                "speedup": None, "speedup_ci": None, "verdict": "undecided"}  # fmt: skip
-    ratios = [b.log_ratio for b in quiet if b.reference == name]
-    found = speedup(ratios, seed=seed)
+def _against(blocks: Sequence[Block], quiet: Sequence[Block], seed: int) -> dict[str, Any]:
+    """The figures of one reference from its blocks; `quiet` are the undisturbed ones of all references."""
+    own = [b for b in blocks if b in quiet]
+    samples = [t for b in own or blocks for slot in b.reference_ms for t in slot]
+    found = speedup([b.log_ratio for b in own], seed=seed)
     return {
         **_times(samples),
-        "blocks": len(ratios),
+        "blocks": len(own),
         "speedup": found.value if found else None,
         "speedup_ci": [found.low, found.high] if found else None,
         "verdict": found.verdict() if found else "undecided",

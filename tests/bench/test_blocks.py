@@ -147,6 +147,15 @@ def test_noisy_machine_ends_undecided() -> None:
     assert any("disturbed" in note for note in result["notes"])
 
 
+def test_reference_with_disturbed_blocks_only() -> None:
+    """A reference all of whose blocks were disturbed has times, but no speed-up and no verdict."""
+    quiet = [Block("r", "ABBA", ((10.0,), (10.0,)), ((20.0,), (20.0,)), (1.0, 1.0))] * 8
+    loud = [Block("s", "ABBA", ((10.0,), (10.0,)), ((30.0,), (30.0,)), (1.0, 2.0))] * 6
+    against = summarize(quiet + loud, {"": COSTS, "r": COSTS, "s": COSTS}, seed=0)["against"]
+    assert against["r"]["verdict"] == "faster"
+    assert (against["s"]["p50_ms"], against["s"]["speedup"], against["s"]["verdict"]) == (30.0, None, "undecided")
+
+
 def test_too_short_a_budget_is_said() -> None:
     """One block is timed however small the budget; then the notes say what is missing, and nothing is decided."""
     machine = Machine()
