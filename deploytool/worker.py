@@ -46,6 +46,9 @@ _COUNTER = itertools.count()
 # Runtimes must not phone home, and tokenizers must not warn about forks.
 _CHILD_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+# Nothing is timed in `run`: threads that wait must not spin while another process needs the core.
+_UNTIMED_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -320,7 +323,7 @@ def run(
     name: str, function: str, /, limits: Limits = NO_LIMITS, say: Callable[[str], None] | None = None, **arguments: Any
 ) -> Any:
     """Run one function in a child of its own; `say` gets what it reports as progress."""
-    with Worker(name, limits, say=say) as worker:
+    with Worker(name, limits, _UNTIMED_ENVIRONMENT, say) as worker:
         return worker.call(function, **arguments)
 
 
