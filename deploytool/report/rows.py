@@ -97,7 +97,7 @@ def _speedup(speed: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else _NONE if value is None else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else _NONE if value is None else str(value)
 
 
 def _measured(value: Any, unit: str) -> str:
