@@ -39,7 +39,7 @@ def _artifacts(path: Path) -> dict[str, Any] | None:
     ):
         return None
     with opened(path) as artifacts:
-        rows = [{"target": name, "folder": str(a.folder), **a.to_json()} for name, a in artifacts.items()]
+        rows = [{**a.to_json(), "name": name, "folder": str(a.folder)} for name, a in artifacts.items()]
     return {"kind": "artifacts", "artifacts": rows}
 
 
@@ -76,7 +76,7 @@ def _signature_text(signature: dict[str, Any]) -> list[str]:
 
 def _artifact_text(artifact: dict[str, Any]) -> list[str]:
     runs = "" if artifact["executes"] else ", built for hardware that is not here"
-    lines = [f"{artifact['target']}: {artifact['format']} {artifact['precision']} for {artifact['backend']}{runs}"]
+    lines = [f"{artifact['name']}: {artifact['format']} {artifact['precision']} for {artifact['backend']}{runs}"]
     lines += _signature_text(artifact["signature"])
     lines += [f"  {step['name']}: {step['seconds']:.1f} s, {step['versions']}" for step in artifact["history"]]
     return lines + [f"  {f['size']:>12} B  {f['path']}" for f in artifact["files"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -15,8 +16,6 @@ from deploytool.storage import read_json
 @click.option("--format", "form", type=click.Choice(["table", "markdown", "json"]), default="table", show_default=True)
 def command(path: Path, form: str) -> None:
     """Render PATH (an export's output folder, one artifact, or a report.json) as a table, Markdown or JSON."""
-    import json
-
     from deploytool.artifact import REPORT
     from deploytool.report.markdown import export_markdown
     from deploytool.report.table import export_table
@@ -29,5 +28,7 @@ def command(path: Path, form: str) -> None:
         report = data if "targets" in data else {**data, "targets": [data]}
     except (ValueError, TypeError) as error:
         raise InputRefused("DT309", f"{file} must be a report in JSON (got: {error})") from error
-    render = {"table": export_table, "markdown": export_markdown, "json": lambda r: json.dumps(r, indent=2)}
-    click.echo(render[form](report))
+    if form == "json":
+        click.echo(json.dumps(report, indent=2))
+    else:
+        click.echo(export_table(report) if form == "table" else export_markdown(report))

@@ -14,9 +14,12 @@ from deploytool.bench.compare import compare
 from deploytool.bundle.contents import opened
 from deploytool.cases import Case, case_files, read_cases
 from deploytool.errors import InputRefused
+from deploytool.gate.check import check
+from deploytool.gate.limits import GateLimits
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.export import SCHEMA_VERSION, Options, Say, prepared_and_checked
 from deploytool.pipeline.reference import Reference
+from deploytool.results import Verdict
 from deploytool.signature import Outputs
 from deploytool.source import ModelRef
 from deploytool.target import Target
@@ -151,3 +154,20 @@ def replay(artifact: Artifact, cases: Sequence[Case], limits: worker.Limits = wo
                    artifact=str(artifact.folder), cases=f"{folder}/in", out=f"{folder}/out")  # fmt: skip
         return [case.outputs for case in read_cases(Path(folder) / "out")]
 
+
+def check_release(candidate: Path, released: Path, gates: GateLimits, options: Options, say: Say) -> Verdict:
+    """The release gate: `candidate` against `released`, each an artifact, an export's output, or a bundle."""
+
+    def compared(new: Artifact, old: Artifact) -> Mapping[str, Any]:
+        say(f"{new.target['name']}: timing against the release")
+        case = case_files(old.folder / GOLDEN)[0]
+        timed = compare(new, {"released": old}, case, limits=options.limits, budget_seconds=options.bench_seconds,
+                        seed=options.seed)  # fmt: skip
+        return timed["against"]["released"]  # type: ignore[no-any-return]
+
+    def replayed(artifact: Artifact, cases: Sequence[Case]) -> Sequence[Outputs]:
+        say(f"{artifact.target['name']}: replaying {len(cases)} golden cases")
+        return replay(artifact, cases, options.limits)
+
+    with opened(candidate) as new, opened(released) as old:
+        return check(new, old, replay=replayed, compare=compared if options.bench_seconds else None, limits=gates)
