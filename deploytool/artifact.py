@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,14 @@ def _scan(folder: Path) -> tuple[FileEntry, ...]:
     paths = {p.relative_to(folder).as_posix(): p for p in found}
     return tuple(FileEntry(name, paths[name].stat().st_size, sha256_file(paths[name]))
                  for name in sorted(paths) if name not in (MANIFEST, REPORT))  # fmt: skip
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions of distributions; those that are not installed are left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

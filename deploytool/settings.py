@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deploytool.errors import InputRefused, UsageProblem, nearest
+from deploytool.errors import UsageProblem, nearest
 
 _SIZE_LIMIT_BYTES = 1_000_000
 
@@ -27,7 +27,7 @@ T = TypeVar("T", bound=BaseModel)
 def read_toml(path: Path) -> tuple[dict[str, Any], str]:
     """The data and the text of a TOML file."""
     if path.stat().st_size > _SIZE_LIMIT_BYTES:
-        raise InputRefused("DT202", f"{path} must be smaller than 1 MB (got {path.stat().st_size} bytes)")
+        raise UsageProblem("DT202", f"{path} must be smaller than 1 MB (got {path.stat().st_size} bytes)")
     try:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text), text

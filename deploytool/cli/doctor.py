@@ -55,7 +55,8 @@ def _machine() -> list[dict[str, Any]]:
 
 
 def _targets(names: tuple[str, ...]) -> list[dict[str, Any]]:
-    from deploytool.backends.base import find_backend, load_checked_target, versions
+    from deploytool.artifact import versions
+    from deploytool.backends.base import find_backend, load_checked_target
     from deploytool.target import target_names
 
     rows = []
@@ -71,7 +72,7 @@ def _targets(names: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _models(names: tuple[str, ...]) -> list[dict[str, Any]]:
-    from deploytool.backends.base import versions
+    from deploytool.artifact import versions
 
     if names:
         return []

@@ -13,8 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from deploytool.artifact import Artifact, Step
-from deploytool.backends.base import versions
+from deploytool.artifact import Artifact, Step, versions
 from deploytool.errors import InputRefused
 from deploytool.lower.onnx_tidy import tidy
 from deploytool.lower.onnx_trace import trace
