@@ -101,7 +101,7 @@ def _run(
         value = loss(batch)
         losses.append(value.item())
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         norm = nn.utils.clip_grad_norm_(parameters, schedule.clip_norm).item()
         if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
             raise CheckFailed("DT105", f"loss and gradients must be finite (got loss {losses[-1]:g}, gradient norm "
