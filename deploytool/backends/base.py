@@ -13,12 +13,11 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from deploytool import settings, shipped
-from deploytool.artifact import Artifact, Step
+from deploytool.artifact import Artifact, Step, versions
 from deploytool.backends import tables
 from deploytool.errors import EnvironmentLacking, InternalError, UsageProblem, nearest
 from deploytool.runner import Runner
@@ -184,6 +183,20 @@ def load_checked_target(name: str) -> Target:
     return target
 
 
+def portable_of(request: Request) -> Artifact:
+    """The ONNX lowering that a request must bring."""
+    if request.portable is None:
+        raise InternalError("DT900", f"target {request.target.name!r} must be built from ONNX (got none)")
+    return request.portable
+
+
+def source_of(request: Request) -> Source:
+    """The live module that a request must bring."""
+    if request.source is None:
+        raise InternalError("DT900", f"target {request.target.name!r} must be built from a live module (got none)")
+    return request.source
+
+
 def open_artifact(artifact: Artifact) -> Runner:
     """Open an artifact with the backend that its manifest names."""
     return find_backend(artifact.backend).open(artifact)
@@ -211,17 +224,6 @@ def build_artifact(request: Request, model: Mapping[str, Any], history: tuple[St
         settings={"threads": request.target.runtime.threads, **built.settings},
         history=(*history, step),
     ).save()
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions of distributions; those that are not installed are left out."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _importable(name: str) -> bool:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.artifact import Artifact
-from deploytool.backends.base import Built, Request
+from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.engine import EngineRunner, threads_of
-from deploytool.errors import BackendFailed, InputRefused, InternalError
+from deploytool.errors import BackendFailed, InputRefused
 from deploytool.load.model import open_source
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
-from deploytool.source import ModelRef, Source
+from deploytool.source import ModelRef
 from deploytool.storage import read_json, write_json
 
 ENTRY = "source.json"
@@ -63,13 +63,6 @@ class ModuleRunner(EngineRunner):
             raise BackendFailed("DT504", f"the module must run on feeds that fit its signature (got: {error})"[:2000],
                                 detail=[f"{n}: {list(a.shape)}" for n, a in feeds.items()]) from error  # fmt: skip
         return [tensor.numpy() for tensor in as_tuple(outputs)]
-
-
-def source_of(request: Request) -> Source:
-    """The live module that a request must bring."""
-    if request.source is None:
-        raise InternalError("DT900", f"target {request.target.name!r} must be built from a live module (got none)")
-    return request.source
 
 
 def positional(signature: Signature, feeds: Feeds) -> tuple[Tensor, ...]:

@@ -12,10 +12,9 @@ import onnxruntime as ort
 
 from deploytool.artifact import MANIFEST, Artifact
 from deploytool.backends import tables
-from deploytool.backends.base import Built, Request
+from deploytool.backends.base import Built, Request, portable_of
 from deploytool.backends.engine import EngineRunner, threads_of
-from deploytool.backends.ort_int8 import quantize
-from deploytool.errors import BackendFailed, InternalError, UsageProblem
+from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 
@@ -39,6 +38,9 @@ class OnnxRuntime:
         portable = portable_of(request)
         settings: dict[str, object] = {"optimization": options.optimization}
         if request.target.precision == "int8":
+            # The quantizer brings the onnx package, which no runner needs in its memory.
+            from deploytool.backends.ort_int8 import quantize
+
             settings |= quantize(portable.main_file, request, options, request.out / ENTRY)
         elif request.target.precision == "fp32":
             copy_graph(portable, request.out)
@@ -82,13 +84,6 @@ def open_session(path: Path, threads: int, optimization: str = "all") -> ort.Inf
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see SessionRunner.infer
         raise BackendFailed("DT504", f"ONNX Runtime must open {path.name} (got: {error})"[:2000]) from error
-
-
-def portable_of(request: Request) -> Artifact:
-    """The ONNX lowering that a request must bring."""
-    if request.portable is None:
-        raise InternalError("DT900", f"target {request.target.name!r} must be built from ONNX (got none)")
-    return request.portable
 
 
 def copy_graph(portable: Artifact, out: Path) -> None:

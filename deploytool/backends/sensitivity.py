@@ -16,7 +16,7 @@ import numpy as np
 from deploytool.signature import Feeds
 
 CANDIDATES = 12  # products whose effect on the outputs is measured
-ROWS = 2048  # rows of one feed that the first measure reads
+ROWS = 512  # rows of one feed that the first measure reads
 _SMALL_MODEL = 8  # with fewer products than this each is a large part of the speed, and none is kept by default
 _LEAST_KEPT = 2
 _MOST_KEPT_SHARE = 0.25

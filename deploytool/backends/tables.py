@@ -62,19 +62,19 @@ class OnnxRuntimeBuild(KeepFp32):
     reduce_range: bool = True
 
 
-class OpenVinoBuild(Table):
+class OpenVinoBuild(KeepFp32):
     """For int8 only.
 
-    model_type   "transformer" smooths activations and leaves attention arithmetic alone; "auto" reads the graph
-    preset       "mixed": asymmetric activations; "performance": symmetric ones
-    samples      how many calibration feeds NNCF reads
-    exclude      node names that stay fp32
+    scheme                "transformer" leaves softmax and norms alone and moves outliers from activations to weights;
+                          "unsmoothed" does not move them; "plain" quantizes everything; "auto" reads the graph, and
+                          where it holds attention takes the better of the first two on the calibration feeds
+    preset                "mixed": asymmetric activations; "performance": symmetric ones
+    calibration_samples   how many calibration feeds NNCF reads
     """
 
-    model_type: Literal["auto", "transformer", "none"] = "auto"
+    scheme: Literal["auto", "transformer", "unsmoothed", "plain"] = "auto"
     preset: Literal["mixed", "performance"] = "mixed"
-    samples: int = Field(default=32, ge=1, le=10_000)
-    exclude: tuple[str, ...] = Field(default=(), strict=False)
+    calibration_samples: int = Field(default=32, ge=1, le=10_000)
 
 
 class SizeRange(Table):

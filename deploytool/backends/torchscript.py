@@ -17,8 +17,8 @@ from torch.jit._trace import TracerWarning
 
 from deploytool.artifact import Artifact
 from deploytool.backends import tables
-from deploytool.backends.base import Built, Request
-from deploytool.backends.eager import ModuleRunner, positional, source_of
+from deploytool.backends.base import Built, Request, source_of
+from deploytool.backends.eager import ModuleRunner, positional
 from deploytool.backends.engine import threads_of
 from deploytool.errors import BackendFailed, InputRefused
 from deploytool.runner import Runner

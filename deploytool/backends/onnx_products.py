@@ -1,0 +1,115 @@
+"""The matrix products of an ONNX graph, and which of them stay fp32 when the others become int8.
+
+A copy of the graph runs in ONNX Runtime with a noise input at every product, so that the int8 error of one product
+alone can be put in and its effect on the outputs seen: one session serves all products.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization.onnx_model import ONNXModel
+
+from deploytool.backends import sensitivity, tables
+from deploytool.backends.base import Request
+from deploytool.signature import Feeds
+
+
+def with_products(model: ModelProto) -> ModelProto:
+    """The graph as quantizers want it: no recorded shapes (they contradict their own), names, products as MatMul."""
+    del model.graph.value_info[:]
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"unnamed_{node.op_type}_{index}"
+    _unshare_gemm_weights(model)
+    wrapped = ONNXModel(model)
+    wrapped.replace_gemm_with_matmul()
+    result: ModelProto = wrapped.model
+    return result
+
+
+def _unshare_gemm_weights(model: ModelProto) -> None:
+    """Give every Gemm a weight of its own: the quantizer transposes them in place, tied ones once per user."""
+    users = Counter(name for node in model.graph.node for name in node.input)
+    constants = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Gemm" and users[node.input[1]] > 1 and node.input[1] in constants:
+            own = TensorProto()
+            own.CopyFrom(constants[node.input[1]])
+            own.name = f"{node.input[1]}_of_{node.name}"
+            model.graph.initializer.append(own)
+            node.input[1] = own.name
+
+
+def products_to_keep(model: ModelProto, request: Request, options: tables.KeepFp32, bits: int) -> list[str]:
+    """Names of the MatMul nodes with constant weights that stay fp32; `bits` is the width of int8 weights."""
+    return _Ranking(model, request, options, bits).kept()
+
+
+class _Ranking:
+    """Measures products on a copy of the graph where noise can be added to each of them."""
+
+    def __init__(self, model: ModelProto, request: Request, options: tables.KeepFp32, bits: int) -> None:
+        weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+        products = [n for n in model.graph.node
+                    if n.op_type == "MatMul" and n.input[1] in weights and n.name not in options.exclude]  # fmt: skip
+        self.inputs = {n.name: n.input[0] for n in products}
+        self.weights = {n.name: numpy_helper.to_array(weights[n.input[1]]) for n in products}
+        self.request, self.options, self.bits = request, options, bits
+        self.outputs = [o.name for o in model.graph.output]
+        if self._needed:
+            self.session = ort.InferenceSession(_with_noise_inputs(model, products).SerializeToString(),
+                                                providers=["CPUExecutionProvider"])  # fmt: skip
+
+    @property
+    def _needed(self) -> bool:
+        return sensitivity.worth_ranking(len(self.inputs), self.options.keep_fp32)
+
+    def kept(self) -> list[str]:
+        """Names of the products that stay fp32."""
+        if not self._needed:
+            return []
+        errors = dict.fromkeys(self.inputs, 0.0)
+        feeds_list = sensitivity.spread(self.request.calibration(), self.options.samples)
+        for feeds in feeds_list:
+            values = self._run(feeds, sorted(set(self.inputs.values())))
+            for name, key in self.inputs.items():
+                errors[name] = max(errors[name], sensitivity.own_error(values[key], self.weights[name], self.bits))
+        effects = dict.fromkeys(sensitivity.candidates(errors, self.options.keep_fp32), 0.0)
+        for feeds in feeds_list:
+            values = self._run(feeds, [*self.outputs, *sorted({self.inputs[name] for name in effects})])
+            reference = [values[name] for name in self.outputs]
+            for name in effects:
+                noise = sensitivity.int8_noise(values[self.inputs[name]], self.weights[name], self.bits)
+                noisy = self._run(feeds, self.outputs, {f"{name}:noise": noise})
+                effects[name] = max(effects[name], sensitivity.output_loss(reference, noisy.values()))
+        return sensitivity.most_sensitive(effects, len(self.inputs), self.options.keep_fp32,
+                                          self.request.target.parity.cosine_min)  # fmt: skip
+
+    def _run(self, feeds: Feeds, wanted: list[str], noise: Feeds | None = None) -> dict[str, np.ndarray]:
+        silent = {f"{name}:noise": np.zeros(1, np.float32) for name in self.inputs}
+        given = {**silent, **(noise or {})}
+        return dict(zip(wanted, self.session.run(wanted, {**feeds, **given}), strict=True))
+
+
+def _with_noise_inputs(model: ModelProto, products: list[NodeProto]) -> ModelProto:
+    """A copy where the noise `NAME:noise` is added to product NAME, and the products' inputs are outputs."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    chosen = {n.name for n in products}
+    given = {value.name for value in (*copy.graph.output, *copy.graph.input)}
+    nodes = []
+    for node in copy.graph.node:
+        nodes.append(node)
+        if node.name in chosen:
+            result = node.output[0]
+            node.output[0] = f"{result}:exact"
+            nodes.append(helper.make_node("Add", [node.output[0], f"{node.name}:noise"], [result]))
+            copy.graph.input.append(helper.make_tensor_value_info(f"{node.name}:noise", TensorProto.FLOAT, None))
+    wanted = {node.input[0] for node in products} - given
+    copy.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in sorted(wanted))
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    return copy
