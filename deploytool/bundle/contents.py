@@ -13,6 +13,8 @@ from deploytool.bundle.trial import unpacked
 from deploytool.bundle.verify import verify_bundle
 from deploytool.errors import InputRefused
 
+FAILED = ".failed"  # export keeps what is outside its limits as NAME.failed, for a look, not for use
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[dict[str, Artifact]]:

@@ -18,6 +18,7 @@ from deploytool.artifact import REPORT, Artifact
 from deploytool.backends.base import find_backend, load_checked_target
 from deploytool.bench.compare import compare
 from deploytool.bench.environment import environment
+from deploytool.bundle.contents import FAILED
 from deploytool.cache import Prepared, prepare
 from deploytool.errors import DeployError, InputRefused
 from deploytool.load.resolve import resolve
@@ -38,7 +39,7 @@ class Options:
 
     out: Path
     overwrite: bool = False
-    bench_seconds: float = 6.0
+    bench_seconds: float = 10.0
     quality: bool = True
     exporter: str = "auto"
     seed: int = 0
@@ -144,9 +145,9 @@ def _one(
             place, other = final, failed_folder(final)
             if result["status"] != "ok":
                 place, other = other, place
+            about = {"schema_version": SCHEMA_VERSION, "model": reference.ref.name, "environment": environment()}
+            write_json(folder / REPORT, {**about, **result, "artifact": "."})  # paths of this machine do not ship
             result["artifact"] = str(place)
-            write_json(folder / REPORT, {"schema_version": SCHEMA_VERSION, "model": reference.ref.name,
-                                         "environment": environment(), **result})  # fmt: skip
             settle(folder, place)
             shutil.rmtree(other, ignore_errors=True)
     except DeployError as error:
@@ -157,7 +158,7 @@ def _one(
 
 def failed_folder(final: Path) -> Path:
     """Where an artifact goes whose figures are outside its profile's limits."""
-    return final.with_name(f"{final.name}.failed")
+    return final.with_name(final.name + FAILED)
 
 
 def _stages(
