@@ -60,7 +60,7 @@ def example(request: Request) -> tuple[Tensor, ...]:
 def save_traced(module: nn.Module, arguments: tuple[Tensor, ...], path: Path) -> None:
     """Trace a module in eval mode, freeze it, and save it to `path`."""
     try:
-        with torch_jit(), torch.no_grad():
+        with torch_jit(), no_fast_path(), torch.no_grad():
             script = torch.jit.trace(module, arguments, strict=False, check_trace=False)
             torch.jit.save(torch.jit.freeze(script.eval()), str(path))
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -91,6 +91,18 @@ def torch_jit() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=TracerWarning)
         yield
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Keeps nn.TransformerEncoderLayer on its plain way: the other reads weights as tensors, which int8 ones are not,
+    and packs padded rows by the example's own padding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 BACKEND = TorchScript()

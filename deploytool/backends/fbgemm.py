@@ -1,0 +1,159 @@
+"""TorchScript with dynamic int8 linears and LSTMs, computed by fbgemm on x86 CPUs.
+
+Linears get weights of 7 bits per output channel and activations of 8 bits: 255 * 64 * 2 stays below 32,767, so the
+16-bit sums of CPUs without VNNI cannot saturate. torch's own scheme cuts the activations to 7 bits instead, which
+costs more (MiniLM's worst cosine 0.968 against 0.985). The linears that cost most stay fp32 (sensitivity.py).
+torch calls its eager quantization deprecated; all of it stays in this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao import quantization
+from torch.ao.nn import quantized
+from torch.ao.nn.quantized import dynamic
+
+from deploytool.artifact import Artifact
+from deploytool.backends import tables
+from deploytool.backends.base import Built, Request, source_of
+from deploytool.backends.linear_ranking import LinearRanking
+from deploytool.backends.torchscript import ENTRY, example, no_fast_path, open_script, save_traced
+from deploytool.errors import EnvironmentLacking, InputRefused, UsageProblem, nearest
+from deploytool.runner import Runner
+
+_WITH_FULL_ACTIVATIONS = 3  # from version 4 on torch's dynamic Linear cuts activations to 7 bits
+
+
+@dataclass(frozen=True)
+class Fbgemm:
+    """Builds `model.pt` from a live module, which is copied and not changed."""
+
+    def build(self, request: Request) -> Built:
+        """Quantize a copy, trace, freeze, save; raises InputRefused when nothing can become int8."""
+        options = tables.FbgemmBuild(**request.target.build)
+        _use_engine()
+        module = copy.deepcopy(source_of(request).flat).eval()
+        _check_names(module, options)
+        with no_fast_path():
+            ranking = LinearRanking(module, _linears(module, options), request, options)
+            kept = ranking.kept()
+        chosen = _chosen(module, options, [name for name in ranking.called if name not in kept])
+        done = _convert(module, chosen, options)
+        if not done:
+            raise InputRefused("DT310", "the model must hold linear or recurrent layers that can become int8 "
+                                        f"(got {_kinds(module)})",
+                               fix="choose torchscript, or a target with int8 convolutions: openvino-int8")  # fmt: skip
+        save_traced(module, example(request), request.out / ENTRY)
+        settings: dict[str, Any] = {
+            "int8": done,
+            "kept_fp32": [*options.exclude, *kept],
+            "weight_bits": options.weight_bits,
+        }
+        if any(isinstance(inner, nn.MultiheadAttention) for inner in module.modules()):
+            settings["note"] = (
+                "projections inside nn.MultiheadAttention stay fp32: torch reads their weights as tensors"
+            )
+        return Built("torchscript", ENTRY, "int8", settings=settings)
+
+    def open(self, artifact: Artifact) -> Runner:
+        """Load `model.pt`."""
+        _use_engine()
+        with _quiet():
+            return open_script(artifact)
+
+
+def _use_engine() -> None:
+    """Choose the kernels before anything is packed for them."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise EnvironmentLacking("DT402", "torch must have the engine fbgemm "
+                                          f"(got {', '.join(torch.backends.quantized.supported_engines)})",
+                                 fix="choose another int8 target: ort-int8, openvino-int8")  # fmt: skip
+    torch.backends.quantized.engine = "fbgemm"
+
+
+def _check_names(module: nn.Module, options: tables.FbgemmBuild) -> None:
+    names = [name for name, _ in module.named_modules()]
+    unknown = [name for name in options.exclude if name not in names]
+    if unknown:
+        raise UsageProblem("DT202", f"build.exclude must name modules of the model (got {', '.join(unknown)})",
+                           detail=[nearest(name, names) for name in unknown[:5]])  # fmt: skip
+
+
+def _linears(module: nn.Module, options: tables.FbgemmBuild) -> dict[str, nn.Linear]:
+    """Linears that do what the class does: no subclass (nn.MultiheadAttention's output), no hooks, no own forward."""
+    return {
+        name: inner
+        for name, inner in module.named_modules()
+        if type(inner) is nn.Linear and name not in options.exclude and inner.weight.dtype == torch.float32
+        and not inner._forward_hooks and not inner._forward_pre_hooks and "forward" not in vars(inner)
+    }  # fmt: skip
+
+
+def _chosen(module: nn.Module, options: tables.FbgemmBuild, linears: list[str]) -> list[nn.Module]:
+    """The modules that become int8."""
+    kinds: list[type[nn.Module]] = [nn.LSTM, nn.GRU] if options.recurrent else []
+    kinds += [nn.Embedding] if options.embeddings else []
+    return [inner for name, inner in module.named_modules()
+            if name in linears or (type(inner) in kinds and name not in options.exclude)]  # fmt: skip
+
+
+def _convert(module: nn.Module, chosen: list[nn.Module], options: tables.FbgemmBuild) -> dict[str, int]:
+    """Replace the chosen modules in place, a module that is used twice by one; returns how many of each class."""
+    with _quiet():
+        replaced = {id(inner): _int8(inner, options) for inner in chosen}
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replaced:
+                parent._modules[name] = replaced[id(child)]
+    return dict(Counter(type(inner).__name__ for inner in chosen))
+
+
+def _int8(inner: Any, options: tables.FbgemmBuild) -> nn.Module:
+    kinds: dict[type[nn.Module], tuple[Any, Any]] = {
+        nn.Linear: (dynamic.Linear, _linear_config(options.weight_bits)),
+        nn.Embedding: (quantized.Embedding, quantization.float_qparams_weight_only_qconfig),
+        nn.LSTM: (dynamic.LSTM, quantization.default_dynamic_qconfig),
+        nn.GRU: (dynamic.GRU, quantization.default_dynamic_qconfig),
+    }
+    kind, inner.qconfig = kinds[type(inner)]
+    result = kind.from_float(inner)
+    if type(inner) is nn.Linear and options.weight_bits == 7:
+        result.version = _WITH_FULL_ACTIVATIONS
+    module: nn.Module = result
+    return module
+
+
+def _linear_config(weight_bits: int) -> quantization.QConfig:
+    low, high = (-64, 63) if weight_bits == 7 else (-128, 127)
+    return quantization.QConfig(
+        activation=quantization.PlaceholderObserver.with_args(dtype=torch.quint8, is_dynamic=True),
+        weight=quantization.PerChannelMinMaxObserver.with_args(
+            dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=low, quant_max=high
+        ),
+    )
+
+
+def _kinds(module: nn.Module) -> str:
+    return ", ".join(sorted({type(inner).__name__ for inner in module.modules() if not list(inner.children())}))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what torch says of the age of its eager quantization."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"torch\.ao\.quantization is deprecated")
+        warnings.filterwarnings("ignore", message=r"torch\.quantize_per_")
+        warnings.filterwarnings("ignore", message=r".*reduce_range will be deprecated")
+        yield
+
+
+BACKEND = Fbgemm()
