@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check said no, 2 usage, 3 input refused, 4 environment, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -56,6 +57,13 @@ class LazyGroup(click.Group):
             ctx.fail(f"no such command {args[0]!r}; {nearest(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _give_up_stdout()  # the reader went away: `| head` is no error of ours, though click thinks so
+            return 0
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -94,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except OSError:
         code = code or 4
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more on its way out
+        _give_up_stdout()  # the interpreter flushes once more on its way out
     sys.exit(code)
 
 
@@ -108,35 +116,34 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except click.UsageError as error:
-        return _tell_usage(error, arguments)
+        return _tell(_as_usage(error), arguments)
     except click.Abort:
         return 130
     except Interrupted as stop:
         click.echo("interrupted", err=True)
         return _INTERRUPTED[signal.Signals(stop.number)]
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader went away: `| head` is no error of ours
-        return 0
     except OSError as error:
         return _tell(_as_environment(error), arguments)
     except Exception as error:
         return _tell(_as_bug(error), arguments)
 
 
+def _give_up_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _tell(error: DeployError, arguments: Sequence[str]) -> int:
-    click.echo(str(error), err=True)
-    if "--json" in arguments:
-        click.echo(json.dumps({"schema_version": "1.0", "error": error.to_json()}, indent=2))
+    """The error on stderr and, when asked for, as the one JSON document; the exit code stands when neither can be."""
+    with contextlib.suppress(OSError):
+        click.echo(str(error), err=True)
+        if "--json" in arguments:
+            click.echo(json.dumps({"schema_version": "1.0", "error": error.to_json()}, indent=2))
     return error.exit_code
 
 
-def _tell_usage(error: click.UsageError, arguments: Sequence[str]) -> int:
+def _as_usage(error: click.UsageError) -> UsageProblem:
     command = error.ctx.command_path if error.ctx else "deploytool"
-    click.echo(f"error[DT201]: {error.format_message()}\n  help: `{command} --help` shows the usage", err=True)
-    if "--json" in arguments:
-        data = UsageProblem("DT201", error.format_message()).to_json()
-        click.echo(json.dumps({"schema_version": "1.0", "error": data}, indent=2))
-    return 2
+    return UsageProblem("DT201", error.format_message(), fix=f"`{command} --help` shows the usage")
 
 
 def _as_environment(error: OSError) -> DeployError:
