@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any
 from deploytool.artifact import Artifact
 from deploytool.backends.base import Request, build_artifact, find_backend
 from deploytool.cases import read_cases
-from deploytool.load.model import open_source
 from deploytool.signature import Outputs, Signature
-from deploytool.source import ModelRef
+from deploytool.source import ModelRef, Source
 from deploytool.storage import read_json
 from deploytool.target import Target
 
@@ -23,7 +23,7 @@ def build_job(
     """Build `target` into the empty folder `out` from what `lower.prepare` wrote; returns the manifest."""
     folder, profile = Path(prepared), Target.model_validate(dict(target), strict=False)
     accepts = find_backend(profile.backend).accepts
-    source = open_source(ModelRef(**ref)) if accepts == "source" else None
+    source = _open_source(ref) if accepts == "source" else None
     portable = Artifact.load(folder / "onnx", check=False) if accepts == "onnx" else None
 
     def calibration() -> Iterator[Outputs]:
@@ -41,6 +41,13 @@ def build_job(
     _copy_assets(folder / "assets", Path(out))
     model = {"name": ref["name"], "ref": dict(ref), "fingerprint": fingerprint}
     return build_artifact(request, model, portable.history if portable else ()).to_json()
+
+
+def _open_source(ref: Mapping[str, str]) -> Source:
+    """Imported here: a build from the ONNX graph does without torch, which takes seconds to import."""
+    model = importlib.import_module("deploytool.load.model")
+    source: Source = model.open_source(ModelRef(**ref))
+    return source
 
 
 def _copy_assets(assets: Path, out: Path) -> None:
