@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
 def test_accuracy_on_held_out_digits(source: Callable[[str], ModuleType], model: Callable[[str], nn.Module]) -> None:

