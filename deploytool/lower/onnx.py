@@ -17,6 +17,7 @@ from deploytool.artifact import Artifact, Step, versions
 from deploytool.errors import InputRefused
 from deploytool.lower.onnx_tidy import tidy
 from deploytool.lower.onnx_trace import trace
+from deploytool.lower.onnx_write import ENTRY, save
 from deploytool.signature import Signature, TensorSpec
 from deploytool.source import Source
 from deploytool.storage import writing
@@ -24,10 +25,6 @@ from deploytool.storage import writing
 Exporter = Literal["auto", "torchscript", "dynamo"]
 
 OPSET = 18  # the newest that ONNX Runtime, OpenVINO and TensorRT all take; 23 and later fail in ONNX Runtime 1.31
-ENTRY = "model.onnx"
-DATA = "model.onnx.data"
-EMBED_LIMIT_BYTES = 100_000_000  # a protobuf file ends at 2 GB and is read into memory whole; large weights are mapped
-_PAGE_BYTES = 4096
 _EXAMPLES_SEEN = 64
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -49,7 +46,7 @@ def lower_onnx(
     model, settings = _export(source, example, exporter)
     out.mkdir(parents=True, exist_ok=True)
     with writing(out):
-        _save(model, out)
+        save(model, out)
     return Artifact(
         folder=out, backend="onnxruntime", format="onnx", entry=ENTRY, precision="fp32", signature=source.signature,
         history=(Step("lower", settings, versions(_PACKAGES), time.perf_counter() - started),),
@@ -152,7 +149,6 @@ def _declare(signature: Signature, graph: ir.Graph) -> None:
             raise ValueError(f"the graph must have {[s.name for s in specs]} (got {[v.name for v in values]})")
         for spec, value in zip(specs, values, strict=True):
             _declare_one(spec, value)
-    graph.metadata_props.clear()
 
 
 def _declare_one(spec: TensorSpec, value: ir.Value) -> None:
@@ -161,16 +157,6 @@ def _declare_one(spec: TensorSpec, value: ir.Value) -> None:
         raise ValueError(f"{spec.name!r} must be {spec.dtype} (got {value.dtype})")
     value.type = ir.TensorType(dtype)
     value.shape = ir.Shape(spec.shape)
-
-
-def _save(model: ir.Model, out: Path) -> None:
-    model.producer_name, model.producer_version = "deploytool", None
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size < EMBED_LIMIT_BYTES:
-        ir.save(model, out / ENTRY)
-    else:
-        ir.save(model, out / ENTRY, external_data=DATA, size_threshold_bytes=1024,
-                alignment=_PAGE_BYTES, align_threshold=_PAGE_BYTES)  # fmt: skip
 
 
 def _refuse_broken_weights(source: Source) -> None:

@@ -1,4 +1,4 @@
-"""Exports a module to an ONNX graph with torch.export: slower than tracing, but sees control flow that a trace fixes."""
+"""Exports a module to an ONNX graph with torch.export: slower, but sees what a trace fixes."""
 
 from __future__ import annotations
 

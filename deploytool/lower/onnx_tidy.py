@@ -8,9 +8,18 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import (
+    fuse_batchnorm_into_conv_rule,
+    fuse_batchnorm_into_conv_transpose_rule,
+    fuse_batchnorm_into_gemm_rule,
+)
 
 _SMALL_ELEMENTS = 1024  # constants up to this size are folded always
 _RESHAPING = frozenset({"Cast", "Concat", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+_BATCH_NORM_RULES = (
+    fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule,
+)  # fmt: skip
 _ROUNDS = 2  # shapes found in the first round let the second fold more
 
 
@@ -65,7 +74,4 @@ def _name_transposed(graph: ir.Graph) -> None:
 
 def _fuse_batch_norms(model: ir.Model) -> None:
     if any(node.op_type == "BatchNormalization" for node in model.graph):
-        from onnxscript.rewriter import rewrite
-        from onnxscript.rewriter.rules.common import fuse_batchnorm_rule_set
-
-        rewrite(model, pattern_rewrite_rules=fuse_batchnorm_rule_set())
+        rewrite(model, pattern_rewrite_rules=_BATCH_NORM_RULES)

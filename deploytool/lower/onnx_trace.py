@@ -19,6 +19,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
+from deploytool.lower.onnx_attention import own_attention
 from deploytool.signature import Signature
 from deploytool.source import Source
 
@@ -34,9 +35,10 @@ def trace(source: Source, example: tuple[Tensor, ...], opset: int) -> ir.Model:
     names = weight_names(source, [tensor for tensor, _ in weights])
     lent = _Lent(source.flat, weights, len(example)).eval()
     buffer = io.BytesIO()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), own_attention(opset):
         torch.onnx.export(
-            lent, (*example, *(tensor for tensor, _ in weights)), buffer, dynamo=False, opset_version=opset,
+            lent, (*example, *(tensor for tensor, _ in weights)), buffer,  # type: ignore[arg-type]  # files are taken
+            dynamo=False, opset_version=opset,
             input_names=[*source.signature.input_names, *names], output_names=list(source.signature.output_names),
             dynamic_axes=dynamic_axes(source.signature), export_params=False, do_constant_folding=False,
         )  # fmt: skip
@@ -122,8 +124,9 @@ def _put(places: Places, tensor: Tensor) -> None:
 def _quiet() -> Iterator[None]:
     """The exporter is deprecated as a whole, and each number that a trace fixes is told of; parity judges both."""
     with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, UserWarning, torch.jit.TracerWarning):
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
 
 
