@@ -19,6 +19,8 @@ MANIFEST = "artifact.json"
 REPORT = "report.json"
 GOLDEN = "golden"  # folder of recorded cases; see verify/golden.py
 
+_NONE: Mapping[str, Any] = {}
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -76,9 +78,12 @@ class Artifact:
     def main_file(self) -> Path:
         return self.folder / self.entry
 
-    def save(self) -> Artifact:
-        """Record every file of the folder and write `artifact.json`; returns the artifact with its files."""
-        done = replace(self, files=_scan(self.folder))
+    def save(self, known: Sequence[FileEntry] = ()) -> Artifact:
+        """Record every file of the folder and write `artifact.json`; returns the artifact with its files.
+
+        Files in `known` were recorded a moment ago by the same process tree and are not hashed again.
+        """
+        done = replace(self, files=_scan(self.folder, {entry.path: entry for entry in known}))
         write_json(self.folder / MANIFEST, done.to_json())
         return done
 
@@ -160,7 +165,7 @@ class Artifact:
                                   detail=problems, fix="export it again, or restore the files")  # fmt: skip
 
 
-def _scan(folder: Path) -> tuple[FileEntry, ...]:
+def _scan(folder: Path, known: Mapping[str, FileEntry] = _NONE) -> tuple[FileEntry, ...]:
     """Every file but the folder's manifest and report, sorted by path; raises IntegrityBroken at a link or device."""
     found = []
     for root, folders, names in os.walk(folder):
@@ -172,8 +177,13 @@ def _scan(folder: Path) -> tuple[FileEntry, ...]:
                                       fix="replace links by the files that they point to")  # fmt: skip
         found += [Path(root, name) for name in names]
     paths = {p.relative_to(folder).as_posix(): p for p in found}
-    return tuple(FileEntry(name, paths[name].stat().st_size, sha256_file(paths[name]))
+    return tuple(_entry(name, paths[name], known.get(name))
                  for name in sorted(paths) if name not in (MANIFEST, REPORT))  # fmt: skip
+
+
+def _entry(name: str, path: Path, known: FileEntry | None) -> FileEntry:
+    size = path.stat().st_size
+    return known if known and known.size == size else FileEntry(name, size, sha256_file(path))
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -4,7 +4,8 @@ Written to a folder of the cache:
 
     signature.json        the model's signature
     prepared.json         what was done: model, seconds, versions, whether the samples are synthetic
-    cases/NNN.npz         inputs and the eager reference's outputs; 000 is the example that is timed
+    cases/NNN.npz         inputs and the eager module's outputs; 000 is the example that is timed
+    original/NNN.npz      for a compressed model: the same inputs and the uncompressed module's outputs
     calibration/NNN.npz   inputs only: training batches where the model has them, else its samples
     onnx/                 the portable artifact
     assets/               tokenizer and the like
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from deploytool.errors import InputRefused
 from deploytool.load.model import open_source
 from deploytool.load.variants import parity_feeds, shapes
 from deploytool.lower.onnx import lower_onnx
-from deploytool.signature import Outputs, Signature
+from deploytool.signature import Outputs
 from deploytool.source import ModelRef, Source
 from deploytool.storage import write_json
 
@@ -42,7 +43,10 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: str, seed: int) -> d
     started = time.perf_counter()
     source = open_source(ModelRef(**ref))
     loaded = time.perf_counter()
-    feeds = _record_cases(source, folder / "cases")
+    feeds = parity_feeds(source.signature, map(_arrays, source.samples()))
+    _record_cases(source, feeds, folder / "cases")
+    if source.original is not None:
+        _record_cases(_open_original(source, source.original), feeds, folder / "original")
     _record_calibration(source, folder / "calibration")
     recorded = time.perf_counter()
     portable = lower_onnx(source, folder / "onnx", exporter=exporter)  # type: ignore[arg-type]
@@ -65,18 +69,20 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: str, seed: int) -> d
     return {**prepared, "dependencies": [str(p) for p in source.dependencies]}
 
 
-def _record_cases(source: Source, folder: Path) -> list[Outputs]:
-    """Run the reference (the uncompressed module) on every parity feed; returns the feeds."""
-    reference = source if source.original is None else open_source(source.original)
-    if reference.signature != source.signature:
-        raise InputRefused("DT303", "a compressed model must have the inputs and outputs of its original",
-                           detail=[f"original: {reference.signature}", f"compressed: {source.signature}"])  # fmt: skip
-    feeds = parity_feeds(source.signature, map(_arrays, source.samples()))
+def _record_cases(source: Source, feeds: Sequence[Outputs], folder: Path) -> None:
+    """Run the eager module on every feed and keep what it gives."""
     for index, inputs in enumerate(feeds):
-        outputs = _run(reference, inputs)
-        _refuse_nan(reference.signature, outputs, index)
+        outputs = _run(source, inputs)
+        _refuse_nan(outputs, index)
         Case(inputs, reference=outputs).save(folder / f"{index:03d}.npz")
-    return feeds
+
+
+def _open_original(source: Source, ref: ModelRef) -> Source:
+    original = open_source(ref)
+    if original.signature != source.signature:
+        raise InputRefused("DT303", "a compressed model must have the inputs and outputs of its original",
+                           detail=[f"original: {original.signature}", f"compressed: {source.signature}"])  # fmt: skip
+    return original
 
 
 def _run(source: Source, feeds: Outputs) -> Outputs:
@@ -85,7 +91,7 @@ def _run(source: Source, feeds: Outputs) -> Outputs:
     return {name: t.numpy() for name, t in zip(source.signature.output_names, tensors, strict=True)}
 
 
-def _refuse_nan(signature: Signature, outputs: Outputs, index: int) -> None:
+def _refuse_nan(outputs: Outputs, index: int) -> None:
     bad = [name for name, array in outputs.items() if array.dtype.kind == "f" and np.isnan(array).any()]
     if bad:
         raise InputRefused("DT304", f"the model's outputs must be numbers (case {index}: NaN in {', '.join(bad)})",
@@ -110,8 +116,3 @@ def _copy_assets(assets: Iterable[Path], folder: Path) -> None:
     for path in assets:
         shutil.copyfile(path, folder / path.name)
 
-
-def read_calibration(folder: Path) -> Iterator[Outputs]:
-    """The calibration feeds of a prepared folder."""
-    for path in sorted((folder / "calibration").glob("*.npz")):
-        yield Case.load(path).inputs

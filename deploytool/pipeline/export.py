@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,8 @@ def _stages(
     clock.lap("build")
     say(f"{target.name}: verifying")
     parity = reference.parity(artifact, golden=True)
-    artifact = replace(artifact).save()
+    artifact = artifact.save(known=artifact.files)
+    compression = reference.compression(artifact)
     wrong = judge_parity(parity, target.parity)
     quality, generation = reference.quality_of(artifact, options.quality)
     wrong += judge_quality(quality, generation, target.parity)
@@ -197,6 +198,7 @@ def _stages(
         "executed": artifact.executes,
         "parity": {"passed": not judge_parity(parity, target.parity), "shapes": reference.prepared.info["shapes"],
                    **parity},
+        "compression": compression,
         "quality": quality,
         "generation": generation,
         "speed": speed,
