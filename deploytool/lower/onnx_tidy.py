@@ -37,8 +37,10 @@ def tidy(model: ir.Model) -> ir.Model:
         passes.CommonSubexpressionEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)
     passes.IdentityEliminationPass()(model)
+    _compute_constant_outputs(model.graph)
     passes.OutputFixPass()(model)
     passes.TopologicalSortPass()(model)
+    _forget_shapes(model.graph)
     return model
 
 
@@ -70,6 +72,26 @@ def _name_transposed(graph: ir.Graph) -> None:
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is not None and weight.is_initializer() and not node.outputs[0].is_graph_output():
             node.outputs[0].name = f"{weight.name}.T"
+
+
+def _compute_constant_outputs(graph: ir.Graph) -> None:
+    """Outputs that depend on no input become copies of their constants: not every engine gives an initializer."""
+    for index, value in enumerate(graph.outputs):
+        if value.is_initializer():
+            name = str(value.name)
+            value.name = f"{name}_value"
+            copy = ir.node("Identity", [value], name=f"{name}_copy")
+            copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = name, value.type, value.shape
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    """Inner shapes hold invented names for what is not known, and quantizers stumble over them: engines infer anew."""
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
 
 
 def _fuse_batch_norms(model: ir.Model) -> None:

@@ -27,13 +27,12 @@ def save(model: ir.Model, folder: Path) -> None:
                 alignment=_PAGE_BYTES, align_threshold=_PAGE_BYTES)  # fmt: skip
         return
     large = {n: t for n, t in weights.items() if t.nbytes > _INLINE_BYTES and t.dtype != ir.DataType.STRING}
-    for name in large:
-        model.graph.initializers[name].const_value = None
+    apart = [model.graph.initializers.pop(name) for name in large]
     try:
         proto = ir.to_proto(model)
     finally:
-        for name, tensor in large.items():
-            model.graph.initializers[name].const_value = tensor
+        for value in apart:
+            model.graph.register_initializer(value)
     with (folder / ENTRY).open("wb") as file:
         _stream(proto, large, file)
 
