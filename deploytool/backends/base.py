@@ -115,7 +115,9 @@ class Backend:
         absent = [name for name in self.modules if not any(_importable(part) for part in name.split("|"))]
         if absent:
             return Probe(False, False, f"not installed: {', '.join(absent)}", self.fix)
-        if self.driver == "nvidia" and not _nvidia_driver():
+        if self.driver == "nvidia" and not nvidia_driver():
+            if not _importable("tensorrt_rtx"):
+                return Probe(False, False, "no NVIDIA driver here, and TensorRT builds only beside a GPU", self.fix)
             return Probe(True, False, "no NVIDIA driver here: engines are built, but run elsewhere",
                          "run it on a machine with an NVIDIA GPU and driver")  # fmt: skip
         return Probe(True)
@@ -230,5 +232,6 @@ def _importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _nvidia_driver() -> bool:
+def nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is installed here."""
     return Path("/proc/driver/nvidia/version").exists() or ctypes.util.find_library("cuda") is not None

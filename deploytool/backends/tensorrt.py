@@ -1,0 +1,170 @@
+"""TensorRT engines for NVIDIA GPUs, from the portable graph in fp16 or fp32.
+
+Full TensorRT builds only beside a GPU and for it; TensorRT-RTX also builds without one, for the compute capabilities
+that the profile names. TensorRT networks are strongly typed: the precision is the graph's. Without a GPU the engine
+cannot run here; then the artifact opens the very graph that the compiler was given, on ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploytool.artifact import Artifact
+from deploytool.backends import sensitivity, tables
+from deploytool.backends.base import Built, Request, nvidia_driver, portable_of
+from deploytool.backends.engine import threads_of
+from deploytool.backends.onnxruntime import SessionRunner, copy_graph, open_session
+from deploytool.errors import BackendFailed, InputRefused, UsageProblem, nearest
+from deploytool.runner import Runner
+from deploytool.signature import Signature
+from deploytool.target import Target
+
+GRAPH = "model.onnx"
+ENGINE = "model.engine"
+_FEEDS = 8  # calibration feeds on which fp16 is checked for overflow
+
+
+def _library() -> Any:
+    full = nvidia_driver() and importlib.util.find_spec("tensorrt") is not None
+    return importlib.import_module("tensorrt" if full else "tensorrt_rtx")
+
+
+trt = _library()
+
+
+class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    """Keeps TensorRT's errors and the last warnings, which are the only place where a failure is explained."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.lines: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        """Called by TensorRT."""
+        if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+            self.lines.append(message[:500])
+
+
+@dataclass(frozen=True)
+class TensorRt:
+    """Builds `model.engine` beside the graph that it was built from."""
+
+    def build(self, request: Request) -> Built:
+        """Convert the graph, choose the optimization profile, compile."""
+        options = tables.TensorRtBuild(**request.target.build)
+        portable = portable_of(request)
+        precision = request.target.precision
+        settings: dict[str, Any] = {"engine": ENGINE, "graph": GRAPH, "builder": f"{trt.__name__} {trt.__version__}"}
+        if precision == "fp16":
+            from deploytool.backends.onnx_fp16 import write_fp16
+
+            feeds = sensitivity.spread(request.calibration(), _FEEDS)
+            settings |= write_fp16(portable.main_file, feeds, options.fp32_ops, request.out / GRAPH)
+        elif precision == "fp32":
+            copy_graph(portable, request.out)
+        else:
+            raise UsageProblem("DT202", f"precision must be fp16 or fp32 for TensorRT (got {precision})")
+        ranges = size_ranges(request, options)
+        plan = compile_engine(request.out / GRAPH, request.signature, ranges, request.target)
+        (request.out / ENGINE).write_bytes(plan)
+        settings["profile"] = {name: size.model_dump() for name, size in ranges.items()}
+        settings["rebuild"] = rebuild_command(request.signature, ranges)
+        here = nvidia_driver()
+        return Built("tensorrt", ENGINE if here else GRAPH, precision, executes=here, settings=settings)
+
+    def open(self, artifact: Artifact) -> Runner:
+        """The engine on the GPU where it was built for running; else its graph on ONNX Runtime."""
+        if not artifact.executes:
+            return SessionRunner(open_session(artifact.main_file, threads_of(artifact)), artifact.signature)
+        # Needs torch with CUDA: only opening an engine does.
+        from deploytool.backends.tensorrt_engine import open_engine
+
+        return open_engine(trt, Log(), artifact)
+
+
+def size_ranges(request: Request, options: tables.TensorRtBuild) -> dict[str, tables.SizeRange]:
+    """Smallest, first and largest size of every free dimension in the calibration feeds, or what the profile says."""
+    unknown = [name for name in options.profile if name not in request.signature.free]
+    if unknown:
+        raise UsageProblem("DT202", f"build.profile must name free dimensions (got {', '.join(unknown)})",
+                           detail=[nearest(name, request.signature.free) for name in unknown])  # fmt: skip
+    seen: dict[str, list[int]] = {name: [] for name in request.signature.free}
+    for feeds in request.calibration():
+        for name, size in request.signature.bind(feeds).items():
+            seen[name].append(size)
+    if not all(seen.values()):
+        raise InputRefused("DT303", "free dimensions must have sizes in at least one sample (got no samples)")
+    return {name: options.profile.get(name) or tables.SizeRange(min=min(sizes), opt=sizes[0], max=max(sizes))
+            for name, sizes in seen.items()}  # fmt: skip
+
+
+def compile_engine(graph: Path, signature: Signature, ranges: dict[str, tables.SizeRange], target: Target) -> bytes:
+    """The serialized engine; InputRefused names operators that TensorRT does not take, BackendFailed its own log."""
+    log = Log()
+    builder = trt.Builder(log)
+    strong = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strong is None else 1 << int(strong))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        raise _refused(parser)
+    config = builder.create_builder_config()
+    _set_devices(config, target)
+    if ranges:
+        config.add_optimization_profile(_profile(builder, signature, ranges))
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BackendFailed("DT504", "TensorRT must build the engine (it gave none)", detail=log.lines[-5:],
+                            fix="change [build.profile], or the compute capabilities of the profile")  # fmt: skip
+    return bytes(plan)
+
+
+def _refused(parser: Any) -> InputRefused:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    detail = [f"operator {e.node_operator() or '?'}, node {e.node_name() or '?'}: {e.desc()}"[:300] for e in errors[:5]]
+    return InputRefused(
+        "DT310", f"TensorRT must know every operator of the graph (got {len(errors)} errors)",
+        detail=detail, fix="replace these operators in the model, or choose another target",
+    )  # fmt: skip
+
+
+def _set_devices(config: Any, target: Target) -> None:
+    """Only TensorRT-RTX builds for other GPUs than the one that is there."""
+    names = target.device.compute_capabilities
+    if not names or not hasattr(config, "set_compute_capability"):
+        return
+    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageProblem("DT202", f"device.compute_capabilities must be among {', '.join(known)} "
+                                    f"(got {', '.join(unknown)})")  # fmt: skip
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
+
+
+def _profile(builder: Any, signature: Signature, ranges: dict[str, tables.SizeRange]) -> Any:
+    profile = builder.create_optimization_profile()
+    for spec in signature.inputs:
+        if any(isinstance(dim, str) for dim in spec.shape):
+            profile.set_shape(spec.name, *(_shape(spec.shape, ranges, which) for which in ("min", "opt", "max")))
+    return profile
+
+
+def _shape(dims: tuple[int | str, ...], ranges: dict[str, tables.SizeRange], which: str) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else int(getattr(ranges[dim], which)) for dim in dims)
+
+
+def rebuild_command(signature: Signature, ranges: dict[str, tables.SizeRange]) -> str:
+    """The command of NVIDIA's own tool that builds the engine again, on the machine where it shall run."""
+    parts = ["trtexec", f"--onnx={GRAPH}", f"--saveEngine={ENGINE}", "--stronglyTyped"]
+    for which in ("min", "opt", "max") if ranges else ():
+        shapes = (f"{spec.name}:{'x'.join(map(str, _shape(spec.shape, ranges, which)))}" for spec in signature.inputs)
+        parts.append(f"--{which}Shapes={','.join(shapes)}")
+    return " ".join(parts)
+
+
+BACKEND = TensorRt()
