@@ -90,7 +90,7 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
         if plan.targets:
             say(f"preparing {plan.model.name}")
             prepared = prepared_and_checked(plan.model, options)
-            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
+            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed, options.cache)
             for target in plan.targets:
                 results.append(_one(target, reference, options, say, results))
     report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deploytool import worker
-from deploytool.artifact import GOLDEN, Artifact
+from deploytool.artifact import GOLDEN, Artifact, versions
+from deploytool.backends.base import find_backend
+from deploytool.bench.environment import environment
 from deploytool.cache import Prepared
 from deploytool.cases import case_files
 from deploytool.signature import Signature
 from deploytool.source import ModelRef
-from deploytool.storage import read_json, write_json
+from deploytool.storage import new_folder, read_json, write_json
 from deploytool.target import Target, load_target
 from deploytool.verify.judge import compare_quality
 
@@ -21,12 +26,14 @@ from deploytool.verify.judge import compare_quality
 class Reference:
     """What artifacts of one model are built from and measured against. `work` holds what is dropped afterwards."""
 
-    def __init__(self, ref: ModelRef, prepared: Prepared, work: Path, limits: worker.Limits, seed: int):
+    def __init__(self, ref: ModelRef, prepared: Prepared, work: Path, limits: worker.Limits, seed: int,
+                 use_cache: bool = True):  # fmt: skip
         self.ref = ref
         self.prepared = prepared
         self._work = work
         self._limits = limits
         self._seed = seed
+        self._use_cache = use_cache
         self._made: dict[str, Artifact] = {}
 
     @property
@@ -74,13 +81,35 @@ class Reference:
         return self._made[name]
 
     def parity(self, artifact: Artifact, *, golden: bool = False) -> dict[str, Any]:
-        """The artifact's outputs against the recorded ones; with `golden`, cases are kept in its folder."""
+        """The artifact's outputs against the recorded ones; with `golden`, cases are kept in its folder.
+
+        The very same bytes, on the same cases, libraries and processor, are not run twice: figures and golden cases
+        are kept with the prepared model, unless the cache is not to be used.
+        """
+        kept = self.prepared.folder / "verified" / self._identity(artifact)
+        if not (golden and self._use_cache):
+            return self._parity(artifact, artifact.folder / GOLDEN if golden else None)
+        if not (kept / "parity.json").is_file():
+            with new_folder(kept, overwrite=True) as folder:
+                write_json(folder / "parity.json", self._parity(artifact, folder / GOLDEN))
+        shutil.copytree(kept / GOLDEN, artifact.folder / GOLDEN)
+        found: dict[str, Any] = read_json(kept / "parity.json")
+        return found
+
+    def _parity(self, artifact: Artifact, golden: Path | None) -> dict[str, Any]:
         figures: dict[str, Any] = worker.run(
             f"verifying {artifact.target['name']}", "deploytool.verify.parity:parity_job", self._limits,
             artifact=str(artifact.folder), cases=str(self.prepared.folder / "cases"),
-            golden=str(artifact.folder / GOLDEN) if golden else None,
+            golden=str(golden) if golden else None,
         )  # fmt: skip
         return figures
+
+    def _identity(self, artifact: Artifact) -> str:
+        """A digest of all that an engine's outputs follow from, but for the cases."""
+        files = [[f.path, f.sha256] for f in artifact.files if not f.path.startswith(f"{GOLDEN}/")]
+        libraries = versions(find_backend(artifact.backend).packages)
+        about = [files, dict(artifact.settings), artifact.entry, libraries, environment()["cpu_flags"]]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
 
     def compression(self, artifact: Artifact) -> dict[str, Any] | None:
         """How far a compressed model's artifact is from the uncompressed module; None for other models."""
