@@ -21,7 +21,7 @@ def judge_parity(parity: Mapping[str, Any], limits: Limits) -> list[str]:
 
 def _beyond(figures: Mapping[str, Any], limits: Limits) -> list[str]:
     wrong = []
-    if figures["cosine"] < limits.cosine_min:
+    if not figures["cosine"] >= limits.cosine_min:  # also where it is no number
         wrong.append(f"cosine of the worst sample must be at least {limits.cosine_min} "
                      f"(got {figures['cosine']:.6f} at {figures['worst_sample']})")  # fmt: skip
     if limits.max_abs is not None and figures["max_abs"] > limits.max_abs:
@@ -65,7 +65,7 @@ def judge_quality(
             continue
         sign = -1.0 if pair["lower_is_better"] else 1.0
         lost = sign * (pair["reference"] - pair["candidate"]) / max(abs(pair["reference"]), 1e-12)
-        if lost > limits.metric_drop_max:
+        if not lost <= limits.metric_drop_max:  # also where one is no number
             wrong.append(f"metric {name!r} may lose {limits.metric_drop_max:.2%} "
                          f"(reference {pair['reference']:.6g}, got {pair['candidate']:.6g})")  # fmt: skip
     if limits.generation_min is not None and generation and generation["agreement"] < limits.generation_min:

@@ -32,9 +32,11 @@ class Difference:
     agreed: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def add(self, case: int, reference: np.ndarray, candidate: np.ndarray | None) -> None:
-        """Compare one case; a missing, misshapen or non-finite candidate is recorded as a problem."""
-        if candidate is None:
+    def add(self, case: int, reference: np.ndarray | None, candidate: np.ndarray | None) -> None:
+        """Compare one case; one that is missing on either side, misshapen or not finite is recorded as a problem."""
+        if reference is None:
+            self.problems.append(f"case {case}: the reference has no such output")
+        elif candidate is None:
             self.problems.append(f"case {case}: the output is missing")
         elif candidate.shape != reference.shape:
             self.problems.append(f"case {case}: shape must be {list(reference.shape)} (got {list(candidate.shape)})")
@@ -48,16 +50,17 @@ class Difference:
         ref, got = reference.astype(np.float64), candidate.astype(np.float64)
         if same_infinity is not None and same_infinity.any():
             ref, got = np.where(same_infinity, 0.0, ref), np.where(same_infinity, 0.0, got)
-        bad = int((~np.isfinite(got)).sum())
+        bad = int((~(np.isfinite(got) & np.isfinite(ref))).sum())
         if bad:
-            self.problems.append(f"case {case}: {bad} of {got.size} elements are not finite")
+            self.problems.append(f"case {case}: {bad} of {got.size} elements are not finite in one or both")
             return
         error = np.abs(got - ref)
         self.elements += ref.size
         self.max_abs = max(self.max_abs, float(error.max()))
         self.sum_abs += float(error.sum())
-        self.signal += float((ref * ref).sum())
-        self.noise += float((error * error).sum())
+        with np.errstate(over="ignore"):  # what is too large to square is judged in _sqnr_db
+            self.signal += float((ref * ref).sum())
+            self.noise += float((error * error).sum())
         self._worst(case, ref, got)
         self._decide(reference, candidate)
 
@@ -69,11 +72,15 @@ class Difference:
                 self.cosine, self.worst_sample = value, f"case {case}" + ("" if row is None else f" row {row}")
 
     def _decide(self, ref: np.ndarray, got: np.ndarray) -> None:
-        """Argmax over the last axis, where the output is a floating-point array of at least two such values."""
-        if ref.dtype.kind == "f" and ref.ndim > 1 and ref.shape[-1] > 1:
-            equal = ref.argmax(-1) == got.argmax(-1)
-            self.decisions += equal.size
-            self.agreed += int(equal.sum())
+        """Argmax over the last axis of scores, of at least two each; whole numbers and bools are decisions already."""
+        if ref.dtype.kind in "biu":
+            equal = np.asarray(ref == got)
+        elif ref.ndim > 1 and ref.shape[-1] > 1:
+            equal = np.asarray(ref.argmax(-1) == got.argmax(-1))
+        else:
+            return
+        self.decisions += equal.size
+        self.agreed += int(equal.sum())
 
     def summary(self) -> dict[str, Any]:
         """The figures as JSON data."""
@@ -94,15 +101,23 @@ class Difference:
         """10 log10(sum ref^2 / sum (ref - got)^2), capped at 300 dB either way."""
         if self.noise == 0:
             return _SQNR_CAP_DB
-        if self.signal == 0:
+        if self.signal == 0 or not math.isfinite(self.signal + self.noise):
             return -_SQNR_CAP_DB
         return max(-_SQNR_CAP_DB, min(_SQNR_CAP_DB, 10 * math.log10(self.signal / self.noise)))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Cosine of two arrays taken as vectors; two zero vectors are equal (1), one zero vector is not (0)."""
-    a, b = a.ravel(), b.ravel()
+    if np.array_equal(a, b):
+        return 1.0  # exactly: a profile may ask for it
+    a, b = (_scaled(v.ravel()) for v in (a, b))
     product = float(np.linalg.norm(a) * np.linalg.norm(b))
     if product == 0:
-        return 1.0 if np.array_equal(a, b) else 0.0
+        return 0.0
     return float(min(1.0, max(-1.0, a @ b / product)))
+
+
+def _scaled(vector: np.ndarray) -> np.ndarray:
+    """The vector divided by its largest size, or squares of very small or large numbers would be 0 or infinite."""
+    largest = np.abs(vector).max(initial=0.0)
+    return vector / largest if largest else vector

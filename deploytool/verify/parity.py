@@ -28,13 +28,15 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
         raise InputRefused("DT303", f"{cases} must hold at least one case to compare (got none)")
     kept = _golden(files) if golden else set()
     batched = {s.name: bool(s.shape) and s.shape[0] == "batch" for s in opened.signature.outputs}
-    differences = {name: Difference(name, batched[name]) for name in opened.signature.output_names}
+    expected = Case.load(files[0]).reference  # an output that the artifact does not have is one that is missing
+    names = dict.fromkeys((*opened.signature.output_names, *expected))
+    differences = {name: Difference(name, batched.get(name, False)) for name in names}
     with open_artifact(opened) as runner:
         for index, path in enumerate(files):
             case = Case.load(path)
             outputs = runner.run(case.inputs)
             for name, difference in differences.items():
-                difference.add(index, case.reference[name], outputs.get(name))
+                difference.add(index, case.reference.get(name), outputs.get(name))
             if golden and path in kept:
                 Case(case.inputs, case.reference, outputs).save(Path(golden) / path.name)
     return {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}

@@ -1,0 +1,60 @@
+"""Task metrics and decoded tokens against a profile's limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deploytool.target import Limits
+from deploytool.verify.judge import compare_quality, judge_quality
+
+LIMITS = Limits(cosine_min=0, metric_drop_max=0.01, generation_min=0.9)
+
+
+def quality(reference: float, candidate: float | None, lower: bool = False) -> dict[str, Any]:
+    return {"m": {"reference": reference, "candidate": candidate, "lower_is_better": lower}}
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "lower", "passes"),
+    [
+        (0.90, 0.895, False, True), (0.90, 0.88, False, False), (0.90, 0.99, False, True),
+        (14.0, 14.1, True, True), (14.0, 14.3, True, False), (14.0, 10.0, True, True), (14.0, 5e6, True, False),
+        (-2.0, -2.1, False, False), (-2.0, -1.9, False, True), (-2.0, -2.1, True, True), (-2.0, -1.9, True, False),
+        (0.0, 0.0, False, True), (0.0, -1e-6, False, False), (0.0, 1e-6, True, False),
+        (0.90, None, False, False), (0.90, None, True, False),
+    ],
+)  # fmt: skip
+def test_metrics_are_judged_in_their_direction(
+    reference: float, candidate: float | None, lower: bool, passes: bool
+) -> None:
+    """A loss beyond the limit must fail and a gain pass, in the metric's direction; a missing metric must fail."""
+    assert (judge_quality(quality(reference, candidate, lower), None, LIMITS) == []) == passes
+
+
+def test_a_metric_that_is_no_number_fails() -> None:
+    """NaN must not pass for being smaller than nothing."""
+    assert judge_quality(quality(0.9, float("nan")), None, LIMITS)
+    assert judge_quality(quality(float("nan"), 0.9), None, LIMITS)
+
+
+def test_what_two_evaluations_make_of_each_other() -> None:
+    """Metrics are paired by name; those that the candidate lacks stay, as None."""
+    reference = {"metrics": {"accuracy": 0.9, "loss": 1.0}, "tokens": []}
+    paired, generation = compare_quality(reference, {"metrics": {"loss": 1.1, "new": 3.0}, "tokens": []}, ("loss",))
+    assert generation is None and list(paired) == ["accuracy", "loss"]
+    assert paired["accuracy"] == {"reference": 0.9, "candidate": None, "lower_is_better": False}
+    assert paired["loss"] == {"reference": 1.0, "candidate": 1.1, "lower_is_better": True}
+    assert len(judge_quality(paired, None, LIMITS)) == 2
+
+
+def test_generation_agreement() -> None:
+    """The share of equal tokens over all prompts must be counted, and held to the profile's limit where it has one."""
+    reference: dict[str, Any] = {"metrics": {}, "tokens": [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]}
+    candidate = {"metrics": {}, "tokens": [[1, 2, 3, 4], [5, 6, 0, 0, 9, 10]]}
+    _, generation = compare_quality(reference, candidate, ())
+    assert generation == {"prompts": 2, "tokens": 10, "agreement": 0.8}
+    assert "must be at least 0.9 (got 0.8000)" in judge_quality({}, generation, LIMITS)[0]
+    assert judge_quality({}, generation, Limits(cosine_min=0, generation_min=0.8)) == []
+    assert judge_quality({}, generation, Limits(cosine_min=0)) == []
