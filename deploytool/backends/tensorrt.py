@@ -79,7 +79,9 @@ class TensorRt:
     def open(self, artifact: Artifact) -> Runner:
         """The engine on the GPU where it was built for running; else its graph on ONNX Runtime."""
         if not artifact.executes:
-            return SessionRunner(open_session(artifact.main_file, threads_of(artifact)), artifact.signature)
+            # At its highest level ONNX Runtime 1.31 ends with a segmentation fault on an fp16 LSTM.
+            session = open_session(artifact.main_file, threads_of(artifact), "basic")
+            return SessionRunner(session, artifact.signature)
         # Needs torch with CUDA: only opening an engine does.
         from deploytool.backends.tensorrt_engine import open_engine
 
