@@ -1,0 +1,173 @@
+#!/usr/bin/env python
+"""What an export costs: `deploytool export` against `optimum-cli export onnx`, whole processes, in alternation.
+
+Both are measured from start to end of the command: wall seconds, CPU seconds, and the peak of the resident memory of
+the whole process tree, summed every 20 ms. Both lower the model, verify it and leave timing out. optimum-onnx 0.1.0
+cannot live beside transformers 5, so it gets an environment of its own:
+
+    python scripts/bench/export_cost.py --make-env /tmp/optimum          # once; downloads
+    python scripts/bench/export_cost.py --optimum-python /tmp/optimum --model minilm --folder FOLDER --runs 5
+
+MODEL is what deploytool gets, FOLDER the same model as a Hugging Face folder for optimum. For a GGUF file,
+`--gguf FILE` writes that folder first, outside the measurement, and both sides get it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PEER = ("torch==2.13.0", "transformers==4.57.6", "optimum==2.1.0", "optimum-onnx==0.1.0", "onnx==1.23.2",
+        "onnxruntime==1.31.1", "accelerate==1.15.0", "gguf")  # fmt: skip
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run. `peak_bytes` sums the resident memory of the process and its descendants; pages shared by two of them
+    count twice."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    output_bytes: int
+
+
+def measure(command: list[str], output: Path, log: Path) -> Cost:
+    """Run a command to its end; raises RuntimeError with the tail of its log when it fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=_environment())
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _tree_rss(process.pid))
+            time.sleep(SAMPLE_SECONDS)
+    wall = time.perf_counter() - started
+    if process.returncode != 0:
+        tail = log.read_text()[-3000:]
+        raise RuntimeError(f"{command[0]} must succeed (got exit code {process.returncode}):\n{tail}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return Cost(wall, cpu, peak, size)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def _tree_rss(pid: int) -> int:
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    total = 0
+    for process in family:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def make_environment(folder: Path) -> None:
+    """A virtual environment with optimum-onnx; a few GB are downloaded."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([folder / "bin" / "pip", "install", "--quiet", *PEER], check=True)
+
+
+def folder_from_gguf(python: Path, gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a Hugging Face folder in fp32."""
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer; p, f, o = sys.argv[1:]\n"
+        "AutoModelForCausalLM.from_pretrained(p, gguf_file=f, dtype=torch.float32).save_pretrained(o)\n"
+        "AutoTokenizer.from_pretrained(p, gguf_file=f).save_pretrained(o)"
+    )
+    subprocess.run([python, "-c", code, gguf.parent, gguf.name, folder], check=True, stdout=subprocess.DEVNULL)
+
+
+def commands(args: argparse.Namespace, folder: Path, out: Path) -> dict[str, list[str]]:
+    """The two command lines; both get the same weights."""
+    peer = args.optimum_python / "bin" / "optimum-cli"
+    options = [] if args.quality else ["--no-quality"]
+    return {
+        "deploytool": [sys.executable, "-m", "deploytool", "export", str(args.model or folder), "--target", args.target,
+                       "-o", str(out), "--no-bench", "--no-cache", "--json", *options],
+        "optimum": [str(peer), "export", "onnx", "--task", args.task, "--model", str(folder), str(out)],
+    }  # fmt: skip
+
+
+def compare(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, Any]:
+    """Alternate the two commands `runs` times, in turn each first; the first pair only warms the file cache."""
+    costs: dict[str, list[Cost]] = {"deploytool": [], "optimum": []}
+    for run in range(args.runs + 1):
+        for name in sorted(costs, reverse=run % 2 == 1):
+            with tempfile.TemporaryDirectory(dir=work) as out:
+                target = Path(out) / "artifact"
+                cost = measure(commands(args, folder, target)[name], target, work / f"{name}.log")
+            print(f"run {run} {name}: {asdict(cost)}", file=sys.stderr)
+            if run:
+                costs[name].append(cost)
+    return summary(costs)
+
+
+def summary(costs: dict[str, list[Cost]]) -> dict[str, Any]:
+    """Per tool all runs and their medians; per measure the median of the pairs' ratios, deploytool over optimum."""
+    measures = list(Cost.__dataclass_fields__)
+    medians = {
+        name: {m: statistics.median(getattr(cost, m) for cost in runs) for m in measures}
+        for name, runs in costs.items()
+    }
+    pairs = list(zip(costs["deploytool"], costs["optimum"], strict=True))
+    ratios = {m: statistics.median(getattr(ours, m) / getattr(theirs, m) for ours, theirs in pairs) for m in measures}
+    runs = {name: [asdict(cost) for cost in tool] for name, tool in costs.items()}
+    return {"median": medians, "ratio": ratios, "runs": runs}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--make-env", type=Path, metavar="FOLDER", help="make optimum's environment there and stop")
+    parser.add_argument("--optimum-python", type=Path, metavar="FOLDER", help="optimum's environment")
+    parser.add_argument("--model", help="what deploytool exports (default: the folder)")
+    parser.add_argument("--folder", type=Path, help="the Hugging Face folder that optimum exports")
+    parser.add_argument("--gguf", type=Path, help="make the folder from this file")
+    parser.add_argument("--task", default="feature-extraction", help="optimum's task (default: %(default)s)")
+    parser.add_argument("--target", default="ort", help="deploytool's target (default: %(default)s)")
+    parser.add_argument("--quality", action="store_true", help="let deploytool check the task metric and decoding too")
+    parser.add_argument("--runs", type=int, default=3, help="measured pairs, after one that warms up")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where outputs may be written")
+    args = parser.parse_args()
+    if args.make_env:
+        make_environment(args.make_env)
+        return 0
+    if not args.optimum_python or not (args.folder or args.gguf):
+        parser.error("--optimum-python and one of --folder and --gguf must be given")
+    with tempfile.TemporaryDirectory(dir=args.work) as work:
+        folder = args.folder or Path(work) / "model"
+        if args.gguf:
+            folder_from_gguf(args.optimum_python / "bin" / "python", args.gguf, folder)
+        result = compare(args, folder, Path(work))
+    machine = {"processor": platform.processor() or platform.machine(), "logical_cpus": os.cpu_count(),
+               "load_average_1min": os.getloadavg()[0]}  # fmt: skip
+    report = {"schema_version": "1.0", "model": str(args.model or folder), "machine": machine, **result}
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
