@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from deploytool.errors import InputRefused
 from deploytool.load.texts import sentences
@@ -191,9 +192,22 @@ def _attention_kinds(config: Any) -> tuple[str, ...]:
 
 
 def _cache(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """The cache object that transformers wants; how it is made changed between its versions."""
+    """The cache object that transformers wants, holding the pairs themselves; how it is made changed over versions.
+
+    Where it has layers they are filled here: its own way first appends each pair to an empty constant, which a trace
+    keeps as one needless concatenation per tensor.
+    """
     legacy = getattr(DynamicCache, "from_legacy_cache", None)
-    return legacy(tuple(pairs)) if legacy is not None else DynamicCache(pairs)
+    if not hasattr(DynamicLayer, "lazy_initialization"):
+        return legacy(tuple(pairs)) if legacy is not None else DynamicCache(pairs)
+    cache = DynamicCache()
+    cache.layers = []
+    for key, value in pairs:
+        layer = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.keys, layer.values, layer.is_initialized = key, value, True
+        layer.dtype, layer.device = key.dtype, key.device
+        cache.layers.append(layer)
+    return cache
 
 
 def _pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:

@@ -52,6 +52,7 @@ def test_samples_cover_the_free_dimensions(name: str, source: Callable[[str], Mo
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_of_the_first_sample_is_right_at_every_other(
     name: str, source: Callable[[str], ModuleType], model: Callable[[str], nn.Module], positional: Open
 ) -> None:

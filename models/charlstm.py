@@ -1,0 +1,93 @@
+"""A small character-level LSTM language model on the Python reference.
+
+Text: `pydoc_data.topics` of the standard library, in which every tenth topic (by sorted name) is held out. The text
+differs a little between versions of Python. Weights: trained by scripts/train/charlstm.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
+FILES = [WEIGHTS]
+INPUTS = {"tokens": ("batch", "sequence")}
+LOWER_IS_BETTER = ("bits_per_char",)
+
+Feeds = dict[str, Tensor]
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # index = token; anything else becomes "?"
+SHAPES = ((1, 64), (1, 1), (2, 16), (4, 33), (1, 128), (8, 64), (3, 7), (16, 128))  # rows, characters of each sample
+
+
+class CharacterModel(nn.Module):
+    """tokens int64 [batch, sequence] -> logits [batch, sequence, 96] of each next character; the state starts at 0."""
+
+    def __init__(self, width: int = 32, hidden: int = 192) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(CHARACTERS), width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, len(CHARACTERS))
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        states, _ = self.lstm(self.embedding(tokens))
+        return {"logits": self.head(states)}
+
+
+def build() -> nn.Module:
+    """The trained model, in eval mode."""
+    model = CharacterModel()
+    model.load_state_dict(load_file(WEIGHTS))
+    return model.eval()
+
+
+@cache
+def _text() -> tuple[Tensor, Tensor]:
+    """Tokens of the training part (about 430,000 characters) and of the held-out part (about 32,000)."""
+    token = {character: index for index, character in enumerate(CHARACTERS)}
+    names = sorted(topics)
+    parts = []
+    for chosen in ([n for i, n in enumerate(names) if i % 10], names[::10]):
+        text = "\n\n".join(topics[name] for name in chosen)
+        parts.append(torch.tensor([token.get(character, token["?"]) for character in text]))
+    return parts[0], parts[1]
+
+
+def samples() -> Iterable[Feeds]:
+    """Consecutive pieces of the held-out text."""
+    sizes = [rows * length for rows, length in SHAPES]
+    pieces = _text()[1][: sum(sizes)].split(sizes)
+    return [{"tokens": piece.clone().view(shape)} for piece, shape in zip(pieces, SHAPES, strict=True)]
+
+
+def evaluate(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> dict[str, float]:
+    """Mean bits to encode a held-out character, in windows of 128 characters and batches of 16."""
+    text = _text()[1]
+    windows = text[: len(text) // 2048 * 2048].view(-1, 128)
+    nats = [
+        cross_entropy(predict({"tokens": rows[:, :-1].contiguous()})["logits"].transpose(1, 2), rows[:, 1:]).item()
+        for rows in windows.split(16)
+    ]
+    return {"bits_per_char": sum(nats) / len(nats) / math.log(2)}
+
+
+def train_batches(epoch: int = 0) -> Iterator[Feeds]:
+    """One pass over the training text in batches of 64 windows of 96 characters; `epoch` seeds order and offset."""
+    generator = torch.Generator().manual_seed(epoch)
+    text = _text()[0][int(torch.randint(96, (1,), generator=generator)) :]
+    count = (len(text) - 1) // 96
+    inputs, targets = text[: count * 96].view(count, 96), text[1 : count * 96 + 1].view(count, 96)
+    for picked in torch.randperm(count, generator=generator).split(64):
+        yield {"tokens": inputs[picked], "target": targets[picked]}
+
+
+def loss(outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of the next character, in nats."""
+    return cross_entropy(outputs["logits"].transpose(1, 2), batch["target"])
