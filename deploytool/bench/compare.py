@@ -11,7 +11,7 @@ from deploytool.artifact import Artifact
 from deploytool.bench import environment as surroundings
 from deploytool.bench.blocks import Block, measure, medians, undisturbed
 from deploytool.bench.serve import THREAD_LIMITS
-from deploytool.bench.statistics import MIN_BLOCKS, percentile, runs_needed, speedup
+from deploytool.bench.statistics import MIN_BLOCKS, percentile, runs_needed, speedup, spread
 from deploytool.worker import Limits, Worker
 
 _WARM_UP_SHARE = 0.05
@@ -59,10 +59,10 @@ def compare(
 ) -> dict[str, Any]:
     """Time `candidate` and each reference on the inputs of `case`; the result is JSON.
 
-    Keys: p50_ms, p90_ms and p99_ms (None below the number of runs that they need), runs, blocks, disturbed_blocks,
-    load_s, cold_start_ms, peak_rss_bytes, environment, notes, block_medians_ms per reference, and `against`: per
-    reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, and speedup (reference time / candidate time),
-    speedup_ci (95 %; both None below five undisturbed blocks), verdict.
+    Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), runs, blocks,
+    disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, environment, notes, block_medians_ms per reference,
+    and `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, and speedup (reference time / candidate time),
+    speedup_ci (95 %; below five undisturbed blocks the lowest and highest seen, and nothing is decided), verdict.
 
     `budget_seconds` is for timing; opening and warming come on top, and when blocks are slow or disturbed it may take
     twice that. `limits` hold for each call into each process. Raises BackendFailed when a process crashes, hangs or
@@ -111,11 +111,11 @@ def summarize(blocks: Sequence[Block], costs: Mapping[str, Mapping[str, Any]], *
     if len(quiet) < len(blocks):
         notes.append(f"{len(blocks) - len(quiet)} of {len(blocks)} blocks were disturbed and not used"
                      + ("" if quiet else ", which is all: times are of disturbed blocks"))  # fmt: skip
-    notes += [f"{label} needs {runs_needed(share)} runs (got {len(own)})"
+    notes += [f"{label} is an estimate: {runs_needed(share)} runs make it sure (got {len(own)})"
               for label, share in (("p90", 0.9), ("p99", 0.99)) if len(own) < runs_needed(share)]  # fmt: skip
     against = {name: _against([b for b in blocks if b.reference == name], quiet, seed) | dict(costs[name])
                for name in names}  # fmt: skip
-    notes += [f"against {name}: {a['blocks']} undisturbed blocks, a verdict needs {MIN_BLOCKS}; allow more time"
+    notes += [f"against {name}: undecided, {a['blocks']} undisturbed blocks (a verdict needs {MIN_BLOCKS})"
               for name, a in against.items() if a["blocks"] < MIN_BLOCKS]  # fmt: skip
     return {
         **_times(own),
@@ -143,15 +143,19 @@ def _times(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def _against(blocks: Sequence[Block], quiet: Sequence[Block], seed: int) -> dict[str, Any]:
-    """The figures of one reference from its blocks; `quiet` are the undisturbed ones of all references."""
+    """The figures of one reference from its blocks; `quiet` are the undisturbed ones of all references.
+
+    Too few undisturbed blocks decide nothing: then all blocks are told, with the lowest and highest ratio seen.
+    """
     own = [b for b in blocks if b in quiet]
-    samples = [t for b in own or blocks for slot in b.reference_ms for t in slot]
     found = speedup([b.log_ratio for b in own], seed=seed)
+    told = own if found else blocks
+    seen = found or spread([b.log_ratio for b in told])
     return {
-        **_times(samples),
+        **_times([t for b in told for slot in b.reference_ms for t in slot]),
         "blocks": len(own),
-        "speedup": found.value if found else None,
-        "speedup_ci": [found.low, found.high] if found else None,
+        "speedup": seen.value,
+        "speedup_ci": [seen.low, seen.high],
         "verdict": found.verdict() if found else "undecided",
     }
 

@@ -47,12 +47,9 @@ def runs_needed(share: float, confidence: float = 0.99) -> int:
     return runs
 
 
-def percentile(samples_ms: Sequence[float], share: float) -> float | None:
-    """The time that `share` of the runs stay under, in ms; None when there are too few runs to tell."""
-    values = positive(samples_ms)
-    if values.size < runs_needed(share):
-        return None
-    return float(np.quantile(values, share))
+def percentile(samples_ms: Sequence[float], share: float) -> float:
+    """The time that `share` of the runs stayed under, in ms; an estimate below `runs_needed(share)` runs."""
+    return float(np.quantile(positive(samples_ms), share))
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,12 @@ def speedup(log_ratios: Sequence[float], *, seed: int, confidence: float = 0.95)
     distances = np.abs(drawn_means[usable] - center) / drawn_errors[usable]
     half = float(np.quantile(distances, confidence)) * error
     return Speedup(math.exp(center), math.exp(center - half), math.exp(center + half))
+
+
+def spread(log_ratios: Sequence[float]) -> Speedup:
+    """The median ratio with the lowest and highest seen: what can be told of blocks that decide nothing."""
+    values = np.asarray(log_ratios, dtype=np.float64)
+    return Speedup(math.exp(float(np.median(values))), math.exp(float(values.min())), math.exp(float(values.max())))
 
 
 def _trimmed(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

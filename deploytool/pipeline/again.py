@@ -11,6 +11,7 @@ from typing import Any
 from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.bench.compare import compare
+from deploytool.bench.statistics import MIN_BLOCKS
 from deploytool.bundle.contents import opened
 from deploytool.cases import Case, case_files, read_cases
 from deploytool.errors import InputRefused
@@ -163,7 +164,8 @@ def check_release(candidate: Path, released: Path, gates: GateLimits, options: O
         case = case_files(old.folder / GOLDEN)[0]
         timed = compare(new, {"released": old}, case, limits=options.limits, budget_seconds=options.bench_seconds,
                         seed=options.seed)  # fmt: skip
-        return timed["against"]["released"]  # type: ignore[no-any-return]
+        figures: dict[str, Any] = timed["against"]["released"]
+        return figures if figures["blocks"] >= MIN_BLOCKS else {**figures, "speedup_ci": None}
 
     def replayed(artifact: Artifact, cases: Sequence[Case]) -> Sequence[Outputs]:
         say(f"{artifact.target['name']}: replaying {len(cases)} golden cases")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from deploytool.bench.statistics import MIN_BLOCKS, Speedup, log_ratio, percentile, runs_needed, speedup
+from deploytool.bench.statistics import MIN_BLOCKS, Speedup, log_ratio, percentile, runs_needed, speedup, spread
 from deploytool.errors import InputRefused
 
 
@@ -17,13 +17,16 @@ def test_runs_needed_as_mlperf(share: float, runs: int) -> None:
     assert runs_needed(share) == runs
 
 
-def test_percentile_needs_runs() -> None:
-    """A percentile is told from enough runs and withheld from fewer."""
+def test_percentile() -> None:
+    """A percentile is the quantile of the runs seen."""
     times = np.arange(1.0, 663.0)
     assert percentile(times.tolist(), 0.99) == pytest.approx(np.quantile(times, 0.99))
-    assert percentile(times[:661].tolist(), 0.99) is None
-    assert percentile(times[:64].tolist(), 0.9) == pytest.approx(np.quantile(times[:64], 0.9))
-    assert percentile(times[:63].tolist(), 0.9) is None
+
+
+def test_spread_is_what_was_seen() -> None:
+    """Blocks too few to decide are told by their median, lowest and highest ratio."""
+    seen = spread([math.log(2.0), math.log(8.0), math.log(3.0)])
+    assert (seen.value, seen.low, seen.high) == pytest.approx((3.0, 2.0, 8.0))
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [1.0, -2.0], [1.0, math.nan], [math.inf]])
