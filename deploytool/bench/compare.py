@@ -61,7 +61,8 @@ def compare(
 
     Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), runs, blocks,
     disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, environment, notes, block_medians_ms per reference,
-    and `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, and speedup (reference time / candidate time),
+    and `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, and speedup (reference time
+    over candidate time),
     speedup_ci (95 %; below five undisturbed blocks the lowest and highest seen, and nothing is decided), verdict.
 
     `budget_seconds` is for timing; opening and warming come on top, and when blocks are slow or disturbed it may take

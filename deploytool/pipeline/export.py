@@ -221,7 +221,7 @@ def _speed(
     memory = {"peak_rss_bytes": timed.pop("peak_rss_bytes")}
     speed = {**timed, "reference_p50_ms": eager["p50_ms"], "speedup": eager["speedup"],
              "speedup_ci": eager["speedup_ci"], "verdict": eager["verdict"]}  # fmt: skip
-    findings = list(timed["notes"])
+    findings = []
     if target.plain is not None and timed["against"][target.plain]["verdict"] != "faster":
         plain = timed["against"][target.plain]
         ratio = "" if plain["speedup"] is None else f" ({plain['speedup']:.2f}x, interval {_interval(plain)})"
