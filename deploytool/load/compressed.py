@@ -77,6 +77,7 @@ def open_compressed(ref: ModelRef) -> Source:
     state = _load_weights(folder / WEIGHTS, document)
     apply_edits(original.module, document.edits)
     _fill(original.module, state)
+    refuse_non_finite(original.module)
     return with_module(
         original, original.module, ref=ref, original=original.ref, edits=tuple(document.edits),
         masks={name: state[name] != 0 for name in document.masked},
@@ -148,7 +149,6 @@ def _load_weights(path: Path, document: _Document) -> dict[str, Tensor]:
         raise InputRefused("DT314", f"{path} must hold the weights that {COMPRESSED} lists (got: {error})") from error
     if missing:
         raise InputRefused("DT314", f"{path} must hold the masked weights (missing: {', '.join(missing)})")
-    refuse_non_finite(state)
     return state
 
 

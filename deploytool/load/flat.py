@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +38,11 @@ def named_outputs(value: Any) -> dict[str, Tensor]:
         return {"output": value}
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         value = {f"output_{index}": item for index, item in enumerate(value)}
-    return dict(_walk(value, ""))
+    pairs = list(_walk(value, ""))
+    named = dict(pairs)
+    if len(named) != len(pairs):
+        raise InputRefused("DT302", f"every output must have a name of its own (got {', '.join(n for n, _ in pairs)})")
+    return named
 
 
 def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -78,6 +83,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, float):
         return torch.tensor(value, dtype=torch.float32)
     try:
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value.copy())  # torch takes no read-only or reversed array
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputRefused("DT303", f"sample value {name!r} must be a tensor, an array or a number "

@@ -11,16 +11,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from deploytool.errors import EnvironmentLacking, InputRefused
+from deploytool.errors import DeployError, EnvironmentLacking, InputRefused
 from deploytool.load.causal_lm import CausalLM, causal_inputs, causal_samples
 from deploytool.load.flat import FlatModule
 from deploytool.load.infer import Declared, infer_signature, refuse_non_finite
+from deploytool.load.optimum_task import task_by_optimum
 from deploytool.load.texts import Tokenize, text_batches, tokenizer_of
 from deploytool.source import ModelRef, Source
+from deploytool.storage import read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt",
                     "tokenizer.model", "generation_config.json", "preprocessor_config.json", "config.json")  # fmt: skip
 _IMAGE_BATCHES = (1, 2, 3, 5)
+_AS = {"encoder": "a text encoder", "causal": "a causal language model", "image": "an image model"}
 
 
 def open_huggingface(ref: ModelRef) -> Source:
@@ -28,13 +31,19 @@ def open_huggingface(ref: ModelRef) -> Source:
     folder = Path(ref.path) if Path(ref.path).is_dir() else _fetch(ref.path)
     config = _read(lambda: transformers.AutoConfig.from_pretrained(folder), folder)
     task = infer_task(config)
-    model = _read(lambda: _CLASSES[task](config).from_pretrained(folder, dtype=torch.float32,
-                                                                 attn_implementation="sdpa"), folder)  # fmt: skip
+    model = _weights(_CLASSES[task](config), folder)
     model.eval().requires_grad_(False)
-    refuse_non_finite(model.state_dict())
-    module, samples, declared = _PARTS[task](model, folder)
-    module.eval()
-    signature = infer_signature(module, samples, declared)
+    refuse_non_finite(model)
+    try:
+        module, samples, declared = _PARTS[task](model, folder)
+        module.eval()
+        signature = infer_signature(module, samples, declared)
+    except DeployError:
+        raise
+    except Exception as error:  # models that want inputs of another kind fail in their own ways
+        raise InputRefused("DT306", f"{type(model).__name__} must run as {_AS[task]} (got {type(error).__name__}: "
+                           f"{str(error)[:300]})", fix="write a model file with samples of the inputs that it takes"
+                           ) from error  # fmt: skip
     assets = tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
     return Source(
         ref=ref,
@@ -48,8 +57,23 @@ def open_huggingface(ref: ModelRef) -> Source:
     )
 
 
+def _weights(kind: Any, folder: Path) -> Any:
+    """The model with the folder's weights; refused when some are missing, which transformers would make up."""
+    model, info = _read(lambda: kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa",
+                                                     output_loading_info=True), folder)  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        raise InputRefused("DT306", f"{folder} must hold every weight of {type(model).__name__} "
+                           f"({len(missing)} are missing)", detail=missing[:10],
+                           fix="save the model again, or name in config.json the architecture that was saved"
+                           )  # fmt: skip
+    return model
+
+
 def infer_task(config: Any) -> str:
-    """ "causal", "encoder" or "image", from the architecture that the config names."""
+    """ "causal", "encoder" or "image": from the architecture that the config names, else as Optimum would say.
+
+    Optimum (the extra `optimum`) is asked only about what these rules do not know, and only where it is installed.
+    """
     architecture = (config.architectures or ["?"])[0]
     if getattr(config, "is_encoder_decoder", False):
         raise InputRefused("DT306", f"the model must be an encoder, a causal language model or an image model "
@@ -59,10 +83,15 @@ def infer_task(config: Any) -> str:
         return "causal"
     if hasattr(config, "image_size") and hasattr(config, "num_channels"):
         return "image"
+    if hasattr(config, "vocab_size") and config.architectures:
+        return "encoder"
+    if task := task_by_optimum(config):
+        return task
     if hasattr(config, "vocab_size"):
         return "encoder"
     raise InputRefused("DT306", "the model must be an encoder, a causal language model or an image model "
-                       f"(got {architecture})", fix="write a model file for it")  # fmt: skip
+                       f"(got {architecture})", fix="write a model file for it; with `pip install "
+                       "'deploytool[optimum]'` more kinds are told apart")  # fmt: skip
 
 
 class NamedModel(nn.Module):
@@ -95,12 +124,24 @@ def _causal(model: Any, folder: Path) -> tuple[nn.Module, list[dict[str, Tensor]
 
 
 def _image(model: Any, folder: Path) -> tuple[nn.Module, list[dict[str, Tensor]], Declared]:
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = _image_size(model.config, folder)
     random = torch.Generator().manual_seed(0)
     shape = (model.config.num_channels, height, width)
     samples = [{"pixel_values": torch.randn(batch, *shape, generator=random)} for batch in _IMAGE_BATCHES]
     return NamedModel(model), samples, {"pixel_values": ("batch", *shape)}
+
+
+def _image_size(config: Any, folder: Path) -> tuple[int, int]:
+    """Height and width: of the config, else what the folder's preprocessor makes, else 224."""
+    size = getattr(config, "image_size", None)
+    if size is None and (folder / "preprocessor_config.json").is_file():
+        preprocessor = _read(lambda: read_json(folder / "preprocessor_config.json"), folder)
+        size = preprocessor.get("crop_size") or preprocessor.get("size")
+    if isinstance(size, dict):
+        size = (size.get("height") or size.get("shortest_edge"), size.get("width") or size.get("shortest_edge"))
+    size = size or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return int(height), int(width)
 
 
 def _tokenize(model: Any, folder: Path) -> Tokenize:

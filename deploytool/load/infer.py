@@ -4,36 +4,57 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deploytool.errors import InputRefused, nearest
 from deploytool.load.flat import named_outputs
+from deploytool.load.variants import parity_feeds
 from deploytool.signature import Dim, Signature, TensorSpec
 
 Sample = Mapping[str, Tensor]
 Declared = Mapping[str, Sequence[Dim]]
-_RUNS = 4  # shapes that the module is run at to learn how the outputs' sizes follow the inputs'
 
 
 def infer_signature(module: nn.Module, samples: Sequence[Sample], declared: Declared | None) -> Signature:
-    """Inputs from `declared` and the samples, outputs from running the module on a few of them.
+    """Inputs from `declared` and the samples, outputs from running the module at a few sizes.
 
     `declared` maps an input's name to its shape, a free dimension by name. Where it says nothing, a dimension that
     differs between samples is free; dimensions whose sizes go together in every sample get one name.
     """
     _check_samples(module, samples)
     inputs = _inputs(samples, declared or {})
-    runs = _distinct(samples)
-    with torch.inference_mode():
-        outputs = [named_outputs(module(**run)) for run in runs]
+    runs = _telling(inputs, samples)
+    outputs = [_outputs(module, run, _free_sizes(inputs, run), made=made) for run, made in runs]
     if not outputs[0]:
         raise InputRefused("DT302", "the model must return at least one tensor (got none)")
-    sizes = [_free_sizes(inputs, run) for run in runs]
+    sizes = [_free_sizes(inputs, run) for run, _ in runs]
     names = list(outputs[0])
+    if differing := [o for o in outputs if list(o) != names]:
+        raise InputRefused("DT302", f"the model must return the same outputs for every sample (got {', '.join(names)} "
+                           f"and {', '.join(differing[0])})")  # fmt: skip
     return Signature(inputs, tuple(_output(name, [o[name] for o in outputs], sizes) for name in names))
+
+
+def _outputs(module: nn.Module, run: Sample, sizes: Mapping[str, int], *, made: bool) -> dict[str, Tensor]:
+    copies = {name: value.clone() for name, value in run.items()}  # a module may change its inputs in place
+    try:
+        with torch.inference_mode():
+            return named_outputs(module(**copies))
+    except Exception as error:
+        if not made or isinstance(error, InputRefused):
+            raise
+        raise refused_size(error, sizes) from error
+
+
+def refused_size(error: Exception, sizes: Mapping[str, int]) -> InputRefused:
+    """What to say when a module fails at sizes that its free dimensions allow but its samples do not show."""
+    said = ", ".join(f"{dim}={size}" for dim, size in sizes.items())
+    return InputRefused("DT303", f"the model must run at any size of its free dimensions (got {type(error).__name__} "
+                        f"at {said})", detail=[str(error)[:500]],
+                        fix="give samples at three or more sizes of each free dimension, or fix sizes in INPUTS"
+                        )  # fmt: skip
 
 
 def dtype_name(name: str, tensor: Tensor) -> str:
@@ -59,7 +80,7 @@ def _check_samples(module: nn.Module, samples: Sequence[Sample]) -> None:
             raise InputRefused("DT303", f"samples must be named as forward()'s parameters {', '.join(names)} "
                                f"(got {', '.join(first) or 'none'})", detail=detail)  # fmt: skip
     for index, sample in enumerate(samples):
-        if list(sample) != list(first):
+        if set(sample) != set(first):
             raise InputRefused("DT303", f"every sample must have the inputs {', '.join(first)} "
                                f"(sample {index} has {', '.join(sample)})")  # fmt: skip
         for name, value in sample.items():
@@ -75,10 +96,11 @@ def _inputs(samples: Sequence[Sample], declared: Declared) -> tuple[TensorSpec, 
     if unknown:
         raise InputRefused("DT303", f"INPUTS must name the samples' inputs {', '.join(samples[0])}",
                            detail=[f"unknown: {n}; {nearest(n, samples[0])}" for n in unknown])  # fmt: skip
-    named: dict[tuple[int, ...], str] = {}
+    named = _declared_sizes(samples, declared)
+    free = {dim for shape in declared.values() for dim in shape if isinstance(dim, str)}
     specs = []
     for name, value in samples[0].items():
-        shape = tuple(declared[name]) if name in declared else _observed(name, samples, named)
+        shape = tuple(declared[name]) if name in declared else _observed(name, samples, named, free)
         specs.append(TensorSpec(name, dtype_name(name, value), shape))
     signature = Signature(tuple(specs), ())
     for index, sample in enumerate(samples):
@@ -89,22 +111,62 @@ def _inputs(samples: Sequence[Sample], declared: Declared) -> tuple[TensorSpec, 
     return signature.inputs
 
 
-def _observed(name: str, samples: Sequence[Sample], named: dict[tuple[int, ...], str]) -> tuple[Dim, ...]:
+def _declared_sizes(samples: Sequence[Sample], declared: Declared) -> dict[tuple[int, ...], str]:
+    """The free dimensions of INPUTS by their sizes in all samples, so that other inputs' get the same names."""
+    named: dict[tuple[int, ...], str] = {}
+    for name, shape in declared.items():
+        if wrong := [d for d in shape if not isinstance(d, str) and not (type(d) is int and d >= 0)]:
+            raise InputRefused("DT303", f"a dimension in INPUTS must be a size or a name (got {wrong[0]!r} "
+                               f"for {name!r})")  # fmt: skip
+        if len(shape) != samples[0][name].ndim:
+            raise InputRefused("DT303", f"INPUTS must give {name!r} a shape of rank {samples[0][name].ndim} "
+                               f"(got {list(shape)})")  # fmt: skip
+        for axis, dim in enumerate(shape):
+            sizes = tuple(s[name].shape[axis] for s in samples)
+            if isinstance(dim, str) and len(set(sizes)) > 1:
+                named.setdefault(sizes, dim)
+    return named
+
+
+def _observed(
+    name: str, samples: Sequence[Sample], named: dict[tuple[int, ...], str], declared: set[str]
+) -> tuple[Dim, ...]:
     shape: list[Dim] = []
     for axis, size in enumerate(samples[0][name].shape):
         sizes = tuple(s[name].shape[axis] for s in samples)
         if len(set(sizes)) == 1:
             shape.append(size)
             continue
-        fresh = "batch" if axis == 0 and "batch" not in named.values() else f"{name}_dim{axis}"
+        taken = {*named.values(), *declared}
+        fresh = "batch" if axis == 0 and "batch" not in taken else f"{name}_dim{axis}"
         shape.append(named.setdefault(sizes, fresh))
     return tuple(shape)
 
 
-def _distinct(samples: Sequence[Sample]) -> list[Sample]:
-    """Up to `_RUNS` samples of different shapes, the smallest first."""
-    by_shape = {tuple(tuple(v.shape) for v in s.values()): s for s in reversed(samples)}
-    return sorted(by_shape.values(), key=lambda s: sum(v.numel() for v in s.values()))[:_RUNS]
+def _telling(inputs: tuple[TensorSpec, ...], samples: Sequence[Sample]) -> list[tuple[Sample, bool]]:
+    """Samples whose sizes tell the free dimensions apart, and from fixed ones: the smallest that do.
+
+    Where the samples cannot, the feeds that parity will derive from them; these are marked as made.
+    """
+    arrays = [{spec.name: sample[spec.name].numpy() for spec in inputs} for sample in samples]
+    feeds = parity_feeds(Signature(inputs, ()), arrays)
+    runs = [({name: torch.from_numpy(array) for name, array in feed.items()}, index >= len(samples))
+            for index, feed in enumerate(feeds)]  # fmt: skip
+    runs.sort(key=lambda r: (r[1], sum(value.numel() for value in r[0].values())))
+    kept: list[tuple[Sample, bool]] = []
+    told = -1
+    for run, made in runs:
+        tells = _tells([_free_sizes(inputs, r) for r in (*(k for k, _ in kept), run)])
+        if tells > told:
+            kept.append((run, made))
+            told = tells
+    return kept
+
+
+def _tells(sizes: Sequence[Mapping[str, int]]) -> int:
+    """How many dimensions vary, and how many differ from all others."""
+    columns = [tuple(s[dim] for s in sizes) for dim in sizes[0]]
+    return sum(len(set(column)) > 1 for column in columns) + len(set(columns))
 
 
 def _free_sizes(inputs: tuple[TensorSpec, ...], sample: Sample) -> dict[str, int]:
@@ -130,10 +192,10 @@ def _output(name: str, values: Sequence[Tensor], sizes: Sequence[dict[str, int]]
     return TensorSpec(name, dtype_name(name, values[0]), tuple(shape))
 
 
-def refuse_non_finite(state: Mapping[str, Any]) -> None:
-    """Raise InputRefused naming the weights that hold NaN or infinity."""
-    bad = [n for n, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()
-           and not bool(torch.isfinite(t).all())]  # fmt: skip
+def refuse_non_finite(module: nn.Module) -> None:
+    """Raise InputRefused naming the parameters with NaN or infinity and the buffers with NaN: masks hold infinity."""
+    bad = [n for n, t in module.named_parameters() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    bad += [n for n, t in module.named_buffers() if t.is_floating_point() and bool(t.isnan().any())]
     if bad:
         raise InputRefused("DT304", f"every weight must be finite (got NaN or infinity in {len(bad)})",
                            detail=bad[:10], fix="train or convert the model again")  # fmt: skip

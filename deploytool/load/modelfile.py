@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,11 @@ from deploytool.load.track import tracking
 from deploytool.source import ModelRef, Source
 
 HOOKS = ("build", "samples", "INPUTS", "evaluate", "LOWER_IS_BETTER", "train_batches", "loss", "prompts", "FILES")
+_KINDS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (("evaluate", "train_batches", "loss", "prompts"), Callable, "a function"),
+    (("LOWER_IS_BETTER", "FILES"), (list, tuple, set, frozenset), "a list or tuple"),
+    (("INPUTS",), Mapping, "a dict of shapes"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,11 @@ class ModelFile:
 
     def call(self, name: str) -> Any:
         """Run one of the file's functions; what it raises becomes an error that names the file."""
+        return self._guarded(name, self.code.__dict__[name])
+
+    def _guarded(self, name: str, run: Callable[[], Any]) -> Any:
         try:
-            return self.code.__dict__[name]()
+            return run()
         except DeployError:
             raise
         except ImportError as error:
@@ -45,8 +54,9 @@ class ModelFile:
             raise _failed(self.ref, f"{name}()", error) from error
 
     def samples(self) -> list[dict[str, Tensor]]:
-        """All samples as tensors."""
-        return [_sample(self.ref, index, s) for index, s in enumerate(self.call("samples"))]
+        """All samples as tensors; a generator is run to its end."""
+        found = self._guarded("samples", lambda: list(self.code.__dict__["samples"]()))
+        return [_sample(self.ref, index, s) for index, s in enumerate(found)]
 
 
 def read_model_file(ref: ModelRef) -> ModelFile:
@@ -71,7 +81,9 @@ def read_model_file(ref: ModelRef) -> ModelFile:
         have = [n for n in vars(code) if not n.startswith("_")]
         raise InputRefused("DT302", f"{path.name} must define build() and samples() (missing: {', '.join(lacking)})",
                            detail=[nearest(n, have) for n in lacking])  # fmt: skip
-    return ModelFile(ref, code)
+    file = ModelFile(ref, code)
+    _check_hooks(file)
+    return file
 
 
 def open_model_file(ref: ModelRef) -> Source:
@@ -83,7 +95,7 @@ def open_model_file(ref: ModelRef) -> Source:
             raise InputRefused("DT302", f"build() must return a torch.nn.Module (got {type(module).__name__})")
         samples = file.samples()
     module.eval().requires_grad_(False)
-    refuse_non_finite(module.state_dict())
+    refuse_non_finite(module)
     try:
         signature = infer_signature(module, samples, file.hook("INPUTS"))
     except DeployError:
@@ -104,6 +116,16 @@ def open_model_file(ref: ModelRef) -> Source:
         prompts=file.hook("prompts"),
         dependencies=tuple(sorted({Path(ref.path), *opened, *listed})),
     )
+
+
+def _check_hooks(file: ModelFile) -> None:
+    """A hook of the wrong kind would be met much later, or not at all: a string is a sequence of letters too."""
+    given = {name: file.hook(name) for name in HOOKS if file.hook(name) is not None}
+    wrong = [f"{name} must be {said}" for names, kinds, said in _KINDS for name in names
+             if name in given and not isinstance(given[name], kinds)]  # fmt: skip
+    if wrong:
+        raise InputRefused("DT302", f"{Path(file.ref.path).name} must define its hooks as documented (got another "
+                           "kind)", detail=wrong)  # fmt: skip
 
 
 def _sample(ref: ModelRef, index: int, sample: Any) -> dict[str, Tensor]:

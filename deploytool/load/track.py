@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch  # holds the name that its load_file calls
+
 _CODE = {".py", ".pyc", ".so", ".pth"}
 _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".npz", ".npy", ".onnx", ".data"}
 _SYSTEM = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/share/")
@@ -19,14 +22,15 @@ _opened: set[str] | None = None
 def tracking() -> Iterator[set[Path]]:
     """Collects the files read inside the block; the set is complete when the block has ended.
 
-    It holds the data files opened by Python code, the weight files beside them (libraries written in other languages
-    open those unseen), and the modules imported from outside the Python installation.
+    It holds the data files opened by Python code and by safetensors, the weight files beside them (libraries written
+    in other languages open those unseen), and the modules imported from outside the Python installation.
     """
     global _opened
     _install_hook()
     _opened, found = set(), set[Path]()
     try:
-        yield found
+        with _noting_safetensors():
+            yield found
     finally:
         opened, _opened = _opened, None
         for path in map(Path, opened):
@@ -47,6 +51,26 @@ def _own_modules() -> set[Path]:
 def _is_system(path: Path) -> bool:
     """Files of the machine and metadata of packages: versions are in the cache key anyway."""
     return str(path).startswith(_SYSTEM) or path.parent.suffix == ".dist-info"
+
+
+@contextmanager
+def _noting_safetensors() -> Iterator[None]:
+    """safetensors opens its files in Rust, where no audit event is raised: the names that it is given are noted."""
+    real = safetensors.safe_open
+
+    def noting(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        if _opened is not None:
+            _opened.add(str(filename))
+        return real(filename, *args, **kwargs)
+
+    holders = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get("safe_open") is real]
+    try:
+        for module in holders:
+            vars(module)["safe_open"] = noting
+        yield
+    finally:
+        for module in holders:
+            vars(module)["safe_open"] = real
 
 
 def _install_hook() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deploytool.cases import Case
 from deploytool.errors import InputRefused
+from deploytool.load.infer import refused_size
 from deploytool.load.model import open_source
 from deploytool.load.variants import parity_feeds, shapes
 from deploytool.lower.onnx import lower_onnx
@@ -72,7 +73,10 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: str, seed: int) -> d
 def _record_cases(source: Source, feeds: Sequence[Outputs], folder: Path) -> None:
     """Run the eager module on every feed and keep what it gives."""
     for index, inputs in enumerate(feeds):
-        outputs = _run(source, inputs)
+        try:
+            outputs = _run(source, inputs)
+        except Exception as error:
+            raise refused_size(error, source.signature.bind(inputs)) from error
         _refuse_nan(outputs, index)
         Case(inputs, reference=outputs).save(folder / f"{index:03d}.npz")
 
@@ -87,7 +91,8 @@ def _open_original(source: Source, ref: ModelRef) -> Source:
 
 def _run(source: Source, feeds: Outputs) -> Outputs:
     with torch.inference_mode():
-        tensors = source.flat(*(torch.from_numpy(feeds[name]) for name in source.signature.input_names))
+        # Of copies: a module may change its inputs in place.
+        tensors = source.flat(*(torch.from_numpy(feeds[name].copy()) for name in source.signature.input_names))
     return {name: t.numpy() for name, t in zip(source.signature.output_names, tensors, strict=True)}
 
 
@@ -100,11 +105,19 @@ def _refuse_nan(outputs: Outputs, index: int) -> None:
 
 def _record_calibration(source: Source, folder: Path) -> None:
     batches: Iterable[Mapping[str, Tensor]] = source.samples()
-    if source.train_batches is not None:
-        batches = source.train_batches()
-    for index, batch in enumerate(itertools.islice(batches, _CALIBRATION_SAMPLES)):
-        inputs = {name: batch[name] for name in source.signature.input_names}
-        Case(_arrays(inputs)).save(folder / f"{index:03d}.npz")
+    hook = "samples" if source.train_batches is None else "train_batches"
+    try:
+        if source.train_batches is not None:
+            batches = source.train_batches()
+        taken = list(itertools.islice(batches, _CALIBRATION_SAMPLES))
+        feeds = [_arrays({name: batch[name] for name in source.signature.input_names}) for batch in taken]
+    except Exception as error:
+        raise InputRefused("DT303", f"{hook}() of {source.ref.name!r} must give batches with the model's inputs "
+                           f"(got {type(error).__name__}: {str(error)[:300]})") from error  # fmt: skip
+    if not feeds:
+        raise InputRefused("DT303", f"{hook}() of {source.ref.name!r} must give at least one batch (got none)")
+    for index, inputs in enumerate(feeds):
+        Case(inputs).save(folder / f"{index:03d}.npz")
 
 
 def _arrays(sample: Mapping[str, Tensor]) -> Outputs:
