@@ -59,8 +59,8 @@ def open_huggingface(ref: ModelRef) -> Source:
 
 def _weights(kind: Any, folder: Path) -> Any:
     """The model with the folder's weights; refused when some are missing, which transformers would make up."""
-    model, info = _read(lambda: kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa",
-                                                     output_loading_info=True), folder)  # fmt: skip
+    # Attention is left to transformers: it takes torch's where the model can, and refuses to be told where it cannot.
+    model, info = _read(lambda: kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True), folder)
     if missing := sorted(info["missing_keys"]):
         raise InputRefused("DT306", f"{folder} must hold every weight of {type(model).__name__} "
                            f"({len(missing)} are missing)", detail=missing[:10],

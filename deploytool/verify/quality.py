@@ -9,7 +9,7 @@ from typing import Any
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import open_artifact
-from deploytool.errors import InputRefused
+from deploytool.errors import InputRefused, nearest
 from deploytool.load.model import open_hooks
 from deploytool.load.predict import tensor_predict
 from deploytool.source import ModelRef
@@ -29,6 +29,9 @@ def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
     with open_artifact(Artifact.load(Path(artifact), check=False)) as runner:
         if hooks.evaluate is not None:
             metrics = _checked(hooks.evaluate(tensor_predict(runner)))
+            if unknown := [name for name in hooks.lower_is_better if name not in metrics]:
+                raise InputRefused("DT313", "LOWER_IS_BETTER must name metrics that evaluate() gives "
+                                   f"(got {', '.join(unknown)})", detail=[nearest(unknown[0], metrics)])  # fmt: skip
         if hooks.prompts is not None:
             tokens = [greedy(runner, prompt, NEW_TOKENS) for prompt in _prompts(hooks.prompts())]
     return {"metrics": metrics, "tokens": tokens}
@@ -43,7 +46,10 @@ def _prompts(prompts: list[list[int]]) -> list[list[int]]:
 def _checked(metrics: Any) -> dict[str, float]:
     if not isinstance(metrics, Mapping) or not metrics:
         raise InputRefused("DT313", f"evaluate() must return {{metric: number}} (got {metrics!r})")
-    numbers = {str(name): float(value) for name, value in metrics.items()}
+    try:
+        numbers = {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError) as error:
+        raise InputRefused("DT313", f"every metric must be a number (got {metrics!r:.300})") from error
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         raise InputRefused("DT313", f"every metric must be finite (got {', '.join(bad)})")

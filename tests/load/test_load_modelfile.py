@@ -61,7 +61,8 @@ def samples(): return [{"x": torch.ones(1, 3)}]
 def test_a_module_beside_the_model_file(model_file: Write, tmp_path: Path) -> None:
     """A model file may import its neighbours, which it then depends on."""
     (tmp_path / "neighbour_of_m.py").write_text("WIDTH = 3\n")
-    source = open_source(model_file("from neighbour_of_m import WIDTH\n" + GOOD.replace("nn.Linear(3", "nn.Linear(WIDTH")))
+    text = "from neighbour_of_m import WIDTH\n" + GOOD.replace("nn.Linear(3", "nn.Linear(WIDTH")
+    source = open_source(model_file(text))
     assert {tmp_path / "neighbour_of_m.py", tmp_path / "m.py"} <= set(source.dependencies)
 
 

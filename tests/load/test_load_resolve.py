@@ -35,7 +35,7 @@ def test_a_folder_does_not_hide_a_shipped_model(here: Path) -> None:
     """A bare name is a shipped model even where an export left a folder of that name; ./NAME is the folder."""
     (here / "digits").mkdir()
     assert resolve("digits").kind == "python"
-    with pytest.raises(InputRefused, match="must hold config.json"):
+    with pytest.raises(InputRefused, match="must hold config"):
         resolve("./digits")
 
 
