@@ -1,8 +1,9 @@
 """Prepared models, kept between runs and found again by what they were made from.
 
 The key is a hash of the model file, every file that it read, the options, the versions of the libraries and of
-deploytool's own loading and lowering code. Which files a model reads is known only after it was loaded once; the list
-is kept beside and checked on the next run, so that an unchanged model is found without importing torch.
+deploytool's own nouns, loading and lowering code. Which files a model reads is known only after it was loaded once;
+the list is kept beside and checked on the next run, so that an unchanged model is found without importing torch.
+Size and time of every prepared file are kept there too: an entry that something has changed since is made again.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from filelock import FileLock, Timeout
 from deploytool import worker
 from deploytool.errors import EnvironmentLacking
 from deploytool.source import ModelRef
-from deploytool.storage import read_json, sha256_file, write_json, writing
+from deploytool.storage import read_json, settle, sha256_file, write_json, writing
 
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "transformers", "tokenizers", "safetensors",
              "optimum")  # fmt: skip
-_ROOMS = ("load", "lower")
+_ROOMS = (".", "load", "lower")
 _LOCK_SECONDS = 1800.0
 _KEEP_SUPERSEDED_SECONDS = 3600.0
+_KEEP_ABANDONED_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -70,38 +72,64 @@ def prepare(
 
 
 def _find(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any]) -> Path | None:
-    if not index.is_file():
+    entry = _read_index(index)
+    if entry is None:
         return None
-    folder = root / "lowered" / _key(ref, options, read_json(index)["dependencies"])
-    if not (folder / "prepared.json").is_file():
+    folder = root / "lowered" / _key(ref, options, entry["dependencies"])
+    if folder.name != entry["folder"] or not folder.is_dir() or not entry["files"].items() <= _listing(folder).items():
         return None
     os.utime(folder)
     return folder
 
 
+def _read_index(index: Path) -> dict[str, Any] | None:
+    """What is kept of an entry; None where there is none, or nothing that can be used."""
+    try:
+        entry = read_json(index)
+        return {"dependencies": list(entry["dependencies"]), "folder": str(entry["folder"]),
+                "files": dict(entry["files"])}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _listing(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change, in nanoseconds, of every file."""
+    found = {p.relative_to(folder).as_posix(): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
 def _make(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], limits: worker.Limits) -> Path:
     lowered = root / "lowered"
     lowered.mkdir(parents=True, exist_ok=True)
+    _drop_abandoned(lowered)
     with writing(lowered):
         temporary = Path(tempfile.mkdtemp(dir=lowered, prefix=".tmp-"))
         try:
             info = worker.run(f"preparing {ref.name}", "deploytool.lower.prepare:prepare_job", limits,
                               ref=asdict(ref), out=str(temporary), **options)  # fmt: skip
             folder = lowered / _key(ref, options, info["dependencies"])
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
+            files = _listing(temporary)
+            settle(temporary, folder)  # in one step: another run may be reading the one that is there
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _drop_superseded(index, folder)
-    write_json(index, {"dependencies": info["dependencies"], "folder": folder.name})
+    write_json(index, {"dependencies": info["dependencies"], "folder": folder.name, "files": files})
     return folder
+
+
+def _drop_abandoned(lowered: Path) -> None:
+    """Remove what a process that was killed outright left behind a day ago or earlier."""
+    for path in lowered.glob(".*"):
+        if time.time() - path.stat().st_mtime > _KEEP_ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _drop_superseded(index: Path, folder: Path) -> None:
     """Remove the entry that this one replaces, unless a run of the last hour may still read it."""
-    if not index.is_file():
+    entry = _read_index(index)
+    if entry is None:
         return
-    old = folder.parent / str(read_json(index).get("folder"))
+    old = folder.parent / entry["folder"]
     if old != folder and old.is_dir() and time.time() - old.stat().st_mtime > _KEEP_SUPERSEDED_SECONDS:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import open_artifact
-from deploytool.errors import InputRefused, nearest
+from deploytool.errors import DeployError, InputRefused, nearest
 from deploytool.load.model import open_hooks
 from deploytool.load.predict import tensor_predict
 from deploytool.source import ModelRef
@@ -28,13 +29,25 @@ def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
     tokens: list[list[int]] = []
     with open_artifact(Artifact.load(Path(artifact), check=False)) as runner:
         if hooks.evaluate is not None:
-            metrics = _checked(hooks.evaluate(tensor_predict(runner)))
+            metrics = _checked(_run("evaluate", hooks.evaluate, tensor_predict(runner)))
             if unknown := [name for name in hooks.lower_is_better if name not in metrics]:
                 raise InputRefused("DT313", "LOWER_IS_BETTER must name metrics that evaluate() gives "
                                    f"(got {', '.join(unknown)})", detail=[nearest(unknown[0], metrics)])  # fmt: skip
         if hooks.prompts is not None:
-            tokens = [greedy(runner, prompt, NEW_TOKENS) for prompt in _prompts(hooks.prompts())]
+            tokens = [greedy(runner, prompt, NEW_TOKENS) for prompt in _prompts(_run("prompts", hooks.prompts))]
     return {"metrics": metrics, "tokens": tokens}
+
+
+def _run(name: str, hook: Callable[..., Any], *arguments: Any) -> Any:
+    """The model's own code: what it raises is its author's to mend."""
+    try:
+        return hook(*arguments)
+    except DeployError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputRefused("DT313", f"{name}() of the model must run (got {type(error).__name__}: {str(error)[:300]})",
+                           detail=[f"at {frame.filename}:{frame.lineno}"]) from error  # fmt: skip
 
 
 def _prompts(prompts: list[list[int]]) -> list[list[int]]:

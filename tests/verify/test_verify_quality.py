@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,13 @@ class Counts:
 
 
 @pytest.fixture
-def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     folder = tmp_path / "artifact"
     folder.mkdir()
     (folder / "engine").write_bytes(b"-")
     Artifact(folder, "eager", "source", "engine", "fp32", IDS).save()
     monkeypatch.setattr(quality, "open_artifact", lambda opened: Counts())
-    yield str(folder)
+    return str(folder)
 
 
 def ref(tmp_path: Path, text: str) -> dict[str, str]:
@@ -96,6 +95,8 @@ def test_without_hooks_nothing_is_measured(artifact: str, tmp_path: Path) -> Non
         ("def evaluate(p): return {'m': float('inf')}", "every metric must be finite (got m)"),
         ("def evaluate(p): return {'m': 1}\nLOWER_IS_BETTER = ['n']", "must name metrics that evaluate() gives"),
         ("def prompts(): return []", "at least one prompt"),
+        ("def prompts(): return [][0]", "prompts() of the model must run (got IndexError"),
+        ("def evaluate(p):\n    return {'m': 1 / 0}", "m.py:4"),
     ],
 )
 def test_measures_that_say_nothing_are_refused(text: str, sentence: str, artifact: str, tmp_path: Path) -> None:
