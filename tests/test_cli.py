@@ -55,6 +55,8 @@ def test_every_command_has_help_and_documentation(name: str) -> None:
     assert shared
     for option in _options(ALL[name]):
         assert f"`{option.opts[-1]}" in section[0] + shared[0], f"docs/cli.md must tell of {name} {option.opts[-1]}"
+        default = str(option.default) if option.show_default else ""
+        assert default in section[0] + shared[0], f"docs/cli.md must tell the default {default} of {option.opts[-1]}"
 
 
 def test_an_option_means_the_same_in_every_command() -> None:
