@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deploytool.artifact import Artifact, Step, versions
 from deploytool.errors import InputRefused
-from deploytool.lower.onnx_tidy import tidy
+from deploytool.lower.onnx_tidy import fold, tidy
 from deploytool.lower.onnx_trace import trace
 from deploytool.lower.onnx_write import ENTRY, save
 from deploytool.signature import Signature, TensorSpec
@@ -117,10 +117,10 @@ def _by_trace(source: Source, example: tuple[Tensor, ...]) -> ir.Model:
     model = trace(source, example, OPSET)
     for value in model.graph.outputs:
         value.shape = None  # torch writes what it saw; the graph's own shapes tell whether a dimension was frozen
-    tidy(model)
+    fold(model)
     _refuse_frozen(source.signature, model.graph)
     _declare(source.signature, model.graph)
-    return model
+    return tidy(model)
 
 
 def _by_dynamo(source: Source, example: tuple[Tensor, ...]) -> ir.Model:

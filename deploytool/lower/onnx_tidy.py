@@ -15,33 +15,52 @@ from onnxscript.rewriter.rules.common import (
     fuse_batchnorm_into_gemm_rule,
 )
 
+from deploytool.lower.onnx_shapes import forget_guesses, simplify_shapes
+
 _SMALL_ELEMENTS = 1024  # constants up to this size are folded always
 _RESHAPING = frozenset({"Cast", "Concat", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 _BATCH_NORM_RULES = (
     fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule,
 )  # fmt: skip
-_ROUNDS = 2  # shapes found in the first round let the second fold more
+_ROUNDS = 4  # each lets inference see deeper into the graph; transformers need three
 
 
-def tidy(model: ir.Model) -> ir.Model:
-    """Tidy `model` in place; inputs, outputs and what it computes stay as they are."""
+def fold(model: ir.Model) -> ir.Model:
+    """One round, in place: constants lifted and folded, batch norms fused, shapes inferred, dead nodes gone."""
     _name_transposed(model.graph)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _fuse_batch_norms(model)
+    _fold_round(model)
+    return model
+
+
+def tidy(model: ir.Model) -> ir.Model:
+    """Make a folded `model` small, in place; inputs, outputs and what it computes stay as they are.
+
+    Outputs must have been declared: their free dimensions have names then, which are found again inside.
+    """
     for _ in range(_ROUNDS):
-        passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
-        fold_constants(model, onnx_shape_inference=False, input_size_limit=_SMALL_ELEMENTS, should_fold=_may_fold)
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        passes.DeduplicateInitializersPass()(model)
-        passes.CommonSubexpressionEliminationPass()(model)
-        passes.RemoveUnusedNodesPass()(model)
+        if not simplify_shapes(model):
+            break
+        _fold_round(model)
     passes.IdentityEliminationPass()(model)
     _compute_constant_outputs(model.graph)
     passes.OutputFixPass()(model)
     passes.TopologicalSortPass()(model)
     _forget_shapes(model.graph)
     return model
+
+
+def _fold_round(model: ir.Model) -> None:
+    passes.RemoveUnusedNodesPass()(model)
+    forget_guesses(model.graph)
+    passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    fold_constants(model, onnx_shape_inference=False, input_size_limit=_SMALL_ELEMENTS, should_fold=_may_fold)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _may_fold(node: ir.Node) -> bool | None:

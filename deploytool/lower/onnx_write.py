@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -21,6 +22,9 @@ _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 0x3A, 0x2A, 0x4A
 
 def save(model: ir.Model, folder: Path) -> None:
     """Write `model.onnx`, with the weights inside below 100 MB, else in `model.onnx.data` beside it, page-aligned."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = _in_order(value.const_value)
     weights = {n: v.const_value for n, v in model.graph.initializers.items() if v.const_value is not None}
     if sum(tensor.nbytes for tensor in weights.values()) >= EMBED_LIMIT_BYTES:
         ir.save(model, folder / ENTRY, external_data=DATA, size_threshold_bytes=_INLINE_BYTES,
@@ -35,6 +39,14 @@ def save(model: ir.Model, folder: Path) -> None:
             model.graph.register_initializer(value)
     with (folder / ENTRY).open("wb") as file:
         _stream(proto, large, file)
+
+
+def _in_order(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A transposed weight is a view of the module's; it is copied when written, since NumPy writes views bit by bit."""
+    if tensor.numpy().flags.c_contiguous:
+        return tensor
+    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=tensor.dtype),
+                         dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)  # fmt: skip
 
 
 def _stream(proto: onnx.ModelProto, weights: dict[str, ir.TensorProtocol], file: BinaryIO) -> None:
