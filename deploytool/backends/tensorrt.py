@@ -17,6 +17,7 @@ from deploytool.artifact import Artifact
 from deploytool.backends import sensitivity, tables
 from deploytool.backends.base import Built, Request, nvidia_driver, portable_of
 from deploytool.backends.engine import threads_of
+from deploytool.backends.onnx_fp16 import rounding_session, write_fp16
 from deploytool.backends.onnxruntime import SessionRunner, copy_graph, open_session
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem, nearest
 from deploytool.runner import Runner
@@ -60,8 +61,6 @@ class TensorRt:
         precision = request.target.precision
         settings: dict[str, Any] = {"engine": ENGINE, "graph": GRAPH, "builder": f"{trt.__name__} {trt.__version__}"}
         if precision == "fp16":
-            from deploytool.backends.onnx_fp16 import write_fp16
-
             feeds = sensitivity.spread(request.calibration(), _FEEDS)
             settings |= write_fp16(portable.main_file, feeds, options.fp32_ops, request.out / GRAPH)
         elif precision == "fp32":
@@ -79,8 +78,11 @@ class TensorRt:
     def open(self, artifact: Artifact) -> Runner:
         """The engine on the GPU where it was built for running; else its graph on ONNX Runtime."""
         if not artifact.executes:
-            # At its highest level ONNX Runtime 1.31 ends with a segmentation fault on an fp16 LSTM.
-            session = open_session(artifact.main_file, threads_of(artifact), "basic")
+            threads = threads_of(artifact)
+            half = artifact.precision == "fp16"
+            session = (
+                rounding_session(artifact.main_file, threads) if half else open_session(artifact.main_file, threads)
+            )
             return SessionRunner(session, artifact.signature)
         # Needs torch with CUDA: only opening an engine does.
         from deploytool.backends.tensorrt_engine import open_engine
