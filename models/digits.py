@@ -90,6 +90,7 @@ def build() -> nn.Module:
 
 
 @cache
+@torch.inference_mode(False)  # kept for the process: an inference tensor could not be trained on later
 def _split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train images, test images, train labels, test labels; pixels (0..16 in the source) are scaled to 0..1."""
     try:

@@ -93,6 +93,7 @@ def _encode(texts: list[str], limit: int) -> Feeds:
 
 
 @cache
+@torch.inference_mode(False)  # kept for the process: an inference tensor could not be trained on later
 def samples() -> Iterable[Feeds]:
     """One text of exactly 128 tokens for timing, three shorter ones, then padded batches of sentences."""
     chosen = [_encode([_text()], limit) for limit in (128, 16, 37, 7)]

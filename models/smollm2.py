@@ -45,6 +45,7 @@ FILES = [_folder() / GGUF]
 
 
 @cache
+@torch.inference_mode(False)  # kept for the process: an inference tensor could not be trained on later
 def _pretrained() -> Any:
     """The transformers model; dequantizing takes about 10 s, so it is read once in a process."""
     transformers.utils.logging.disable_progress_bar()
@@ -78,6 +79,7 @@ def build() -> nn.Module:
 
 
 @cache
+@torch.inference_mode(False)  # kept for the process: an inference tensor could not be trained on later
 def samples() -> Iterable[Feeds]:
     """A decoding step after 128 tokens for timing, prefill of 5 to 128 tokens, and batches padded at the left."""
     return tuple(causal_samples(CausalLM(_pretrained()), _tokenize))

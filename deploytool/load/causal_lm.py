@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from deploytool.errors import InputRefused
 from deploytool.load.texts import sentences
@@ -43,6 +44,7 @@ def _attention(
 
 
 AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, eager_mask)  # for the model without its wrapper: a mask in full, always
 
 
 class CausalLM(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -40,6 +41,7 @@ def open_source(name: str) -> ModuleType:
 
 
 @cache
+@torch.inference_mode(False)
 def open_model(name: str) -> nn.Module:
     """The built module, one per run of the tests: building may take seconds."""
     return open_source(name).build()  # type: ignore[no-any-return]

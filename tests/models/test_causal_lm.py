@@ -8,22 +8,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", reason="the architectures come with transformers")
+pytest.importorskip("transformers", reason="the architectures come with transformers")
+
+import transformers
 
 from deploytool.errors import InputRefused
 from deploytool.load.causal_lm import CausalLM, causal_inputs, causal_samples, inputs_for
 
+GROUPED = {"num_key_value_heads": 2}
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 FAMILIES = {
-    "llama": ("LlamaConfig", {}),
-    "mistral, sliding": ("MistralConfig", {"sliding_window": 6}),
-    "qwen3": ("Qwen3Config", {"head_dim": 8}),
-    "gemma2, softcap, both kinds": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6}),
-    "gemma3, sliding": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6}),
-    "phi3": ("Phi3Config", {}),
+    "llama": ("LlamaConfig", GROUPED),
+    "mistral, sliding": ("MistralConfig", {**GROUPED, "sliding_window": 6}),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "gemma2, softcap, both kinds": ("Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
+    "gemma3, sliding": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
+    "phi3": ("Phi3Config", GROUPED),
     "gpt2": ("GPT2Config", {}),
     "gpt-neox": ("GPTNeoXConfig", {}),
 }
@@ -63,6 +66,19 @@ def test_two_steps_through_the_cache_equal_one_plain_pass(plain: Any) -> None:
     assert torch.equal(second["present.1.value"][:, :, :11], first["present.1.value"])
 
 
+def test_wrapping_leaves_the_model_right_by_itself(plain: Any) -> None:
+    """The wrapped model must give, without its wrapper, the logits that it gave before it was wrapped."""
+    ids, mask = _text()
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.inference_mode():
+        before = plain(**feeds).logits
+        CausalLM(plain)
+        for chosen in (feeds, {"input_ids": ids[:1]}):
+            after = plain(**chosen).logits
+            valid = mask[: len(after)].bool()
+            torch.testing.assert_close(after[valid], before[: len(after)][valid], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_traced_decoding_step_is_right_at_every_shape(plain: Any, positional: Any) -> None:
     """Traced at one row, 128 past and one new token, it must agree on prefill, padded batches and mixtures."""
@@ -79,7 +95,7 @@ def test_a_traced_decoding_step_is_right_at_every_shape(plain: Any, positional: 
 
 def test_wrapping_keeps_eval_mode() -> None:
     """A wrapper of an evaluated model must be in eval mode itself, so that train() is never called by accident."""
-    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, **GROUPED)).eval()
     assert not any(part.training for part in CausalLM(model).modules())
 
 
@@ -88,7 +104,9 @@ def test_padding_never_makes_a_row_without_scores() -> None:
     ids, mask = _text()
     mask[1] = 0
     for dtype in (torch.float32, torch.bfloat16):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval().to(dtype)
+        model = (
+            transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, **GROUPED)).eval().to(dtype)
+        )
         with torch.inference_mode():
             outputs = CausalLM(model)(**inputs_for(model.config, ids, mask, dtype=dtype))
         assert all(bool(torch.isfinite(value).all()) for value in outputs.values())
@@ -96,9 +114,7 @@ def test_padding_never_makes_a_row_without_scores() -> None:
 
 def test_other_kinds_of_layers_are_refused() -> None:
     """A model with layers that keep another state than keys and values must be refused by name, not run wrong."""
-    config = transformers.LlamaConfig(**SIZES)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    config.layer_types = ["full_attention", "linear_attention"]
-    model.config.layer_types = config.layer_types
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, **GROUPED))
+    model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(InputRefused, match="linear_attention"):
         CausalLM(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import open_source
 from torch import nn
 
 TRAINED_HERE = ("digits", "charlstm", "mnistcnn")
@@ -29,6 +30,17 @@ def test_samples_are_the_same_every_time(name: str, source: Callable[[str], Modu
         for other in others:
             assert first.keys() == other.keys()
             assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_samples_can_be_trained_on_wherever_they_were_made(name: str, source: Callable[[str], ModuleType]) -> None:
+    """Samples and batches first asked for in inference mode must not be inference tensors, which training refuses."""
+    fresh = source(name) if name == "smollm2" else open_source.__wrapped__(name)  # reading it again takes long
+    with torch.inference_mode():
+        list(fresh.samples())
+        if name in TRAINED_HERE:
+            list(fresh.train_batches())
+    made = [*fresh.samples(), *(fresh.train_batches() if name in TRAINED_HERE else ())]
+    assert not any(tensor.is_inference() for feeds in made for tensor in feeds.values())
 
 
 def test_samples_cover_the_free_dimensions(name: str, source: Callable[[str], ModuleType]) -> None:
