@@ -1,7 +1,7 @@
 """Prepared models, kept between runs and found again by what they were made from.
 
 The key is a hash of the model file, every file that it read, the options, the versions of the libraries and of
-deploytool's own nouns, loading and lowering code. Which files a model reads is known only after it was loaded once;
+deploytool's own code. Which files a model reads is known only after it was loaded once;
 the list is kept beside and checked on the next run, so that an unchanged model is found without importing torch.
 Size and time of every prepared file are kept there too: an entry that something has changed since is made again.
 """
@@ -30,7 +30,7 @@ from deploytool.storage import read_json, settle, sha256_file, write_json, writi
 
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "transformers", "tokenizers", "safetensors",
              "optimum")  # fmt: skip
-_ROOMS = (".", "load", "lower")
+_ROOMS = (".", "load", "lower", "backends", "verify")  # the last two made the figures that are kept with an entry
 _LOCK_SECONDS = 1800.0
 _KEEP_SUPERSEDED_SECONDS = 3600.0
 _KEEP_ABANDONED_SECONDS = 86_400.0
@@ -48,12 +48,13 @@ class Prepared:
 
 
 def prepare(
-    ref: ModelRef, *, exporter: str = "auto", seed: int = 0, limits: worker.Limits = worker.NO_LIMITS, use: bool = True
-) -> Prepared:
+    ref: ModelRef, *, exporter: str | None = "auto", seed: int = 0, limits: worker.Limits = worker.NO_LIMITS,
+    use: bool = True,
+) -> Prepared:  # fmt: skip
     """The prepared folder of a model: from the cache when nothing changed, else made in a worker.
 
-    With `use` False it is made anew even when it is there. Raises what the worker raises; EnvironmentLacking when
-    another process holds the lock for half an hour.
+    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. Raises what
+    the worker raises; EnvironmentLacking when another process holds the lock for half an hour.
     """
     started = time.perf_counter()
     options = {"exporter": exporter, "seed": seed}

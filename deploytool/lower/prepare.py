@@ -29,7 +29,7 @@ from deploytool.errors import InputRefused
 from deploytool.load.infer import refused_size
 from deploytool.load.model import open_source
 from deploytool.load.variants import parity_feeds, shapes
-from deploytool.lower.onnx import lower_onnx
+from deploytool.lower.onnx import Exporter, lower_onnx
 from deploytool.signature import Outputs
 from deploytool.source import ModelRef, Source
 from deploytool.storage import write_json
@@ -37,8 +37,11 @@ from deploytool.storage import write_json
 _CALIBRATION_SAMPLES = 32
 
 
-def prepare_job(ref: Mapping[str, str], out: str, exporter: str, seed: int) -> dict[str, Any]:
-    """Fill the folder `out` for a model; returns the content of prepared.json and the files it depends on."""
+def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, seed: int) -> dict[str, Any]:
+    """Fill the folder `out` for a model; returns the content of prepared.json and the files it depends on.
+
+    Without an exporter no ONNX graph is made: for targets that take the module itself.
+    """
     torch.manual_seed(seed)
     folder = Path(out)
     started = time.perf_counter()
@@ -50,7 +53,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: str, seed: int) -> d
         _record_cases(_open_original(source, source.original), feeds, folder / "original")
     _record_calibration(source, folder / "calibration")
     recorded = time.perf_counter()
-    portable = lower_onnx(source, folder / "onnx", exporter=exporter)  # type: ignore[arg-type]
+    portable = lower_onnx(source, folder / "onnx", exporter=exporter) if exporter else None
     _copy_assets(source.assets, folder / "assets")
     prepared = {
         "name": source.ref.name,
@@ -61,7 +64,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: str, seed: int) -> d
         "has_evaluate": source.evaluate is not None,
         "has_prompts": source.prompts is not None,
         "original": None if source.original is None else vars(source.original),
-        "exporter": portable.history[-1].settings.get("exporter"),
+        "exporter": portable.history[-1].settings["exporter"] if portable else None,
         "seconds": {"load": loaded - started, "reference": recorded - loaded,
                     "lower": time.perf_counter() - recorded},
     }  # fmt: skip

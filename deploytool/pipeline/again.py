@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.bench.compare import compare
@@ -54,12 +56,20 @@ def verify_again(path: Path, model: str | None, options: Options, say: Say) -> d
 def _model_of(artifact: Artifact, model: str | None) -> ModelRef | None:
     if model is not None:
         return resolve(model)
-    named = ModelRef(**artifact.model["ref"])
+    try:
+        named = ModelRef(**artifact.model["ref"])
+    except (KeyError, TypeError) as error:
+        raise InputRefused("DT309", f"the manifest of {artifact.folder} must name its model (got {error!r})",
+                           fix="name it with --model, or export it again") from error  # fmt: skip
     return named if Path(named.path).exists() else None
 
 
 def _limits(artifact: Artifact) -> Target:
-    return Target.model_validate(dict(artifact.target), strict=False)
+    try:
+        return Target.model_validate(dict(artifact.target), strict=False)
+    except ValidationError as error:
+        raise InputRefused("DT309", f"the manifest of {artifact.folder} must hold its profile",
+                           detail=str(error).splitlines()[:5], fix="export it again") from error  # fmt: skip
 
 
 def _verify_golden(name: str, artifact: Artifact, options: Options) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,22 @@ from deploytool.bench.compare import compare
 from deploytool.bench.environment import environment
 from deploytool.bundle.contents import FAILED
 from deploytool.cache import Prepared, prepare
-from deploytool.errors import DeployError, InputRefused
+from deploytool.errors import DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.reference import Reference
 from deploytool.source import ModelRef
-from deploytool.storage import refuse_existing, settle, sha256_file, write_json
+from deploytool.storage import read_json, refuse_existing, settle, sha256_file, write_json
 from deploytool.target import Target, load_target, target_names
 from deploytool.verify.judge import judge_parity, judge_quality
 
 SCHEMA_VERSION = "1.0"
 ALL = "all"
+# What a result holds where there is nothing to tell: every result has every key.
+_NOTHING: dict[str, Any] = {
+    "target": None, "status": None, "reason": None, "artifact": None, "artifact_digest": None, "size_bytes": None,
+    "precision": None, "executed": None, "parity": None, "compression": None, "quality": {}, "generation": None,
+    "speed": None, "memory": None, "findings": [], "seconds": {},
+}  # fmt: skip
 Say = Callable[[str], None]
 
 
@@ -55,6 +62,11 @@ class Plan:
     targets: tuple[Target, ...]
     unavailable: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name -> (reason, fix)
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether any target, or the plain one that it is compared with, is built from the ONNX graph."""
+        return any(find_backend(target.backend).accepts == "onnx" for target in self.targets)
+
     def to_json(self, options: Options) -> dict[str, Any]:
         return {
             "model": asdict(self.model),
@@ -73,9 +85,18 @@ def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
     refuse_existing(options.out, options.overwrite)
     names = target_names() if ALL in targets else list(dict.fromkeys(targets))
     profiles = [load_checked_target(name) for name in names]
+    _refuse_same_name(profiles)
     probes = {p.name: find_backend(p.backend).probe(p) for p in profiles}
     able = tuple(p for p in profiles if probes[p.name].available)
     return Plan(ref, able, {n: (p.reason, p.fix) for n, p in probes.items() if not p.available})
+
+
+def _refuse_same_name(profiles: Sequence[Target]) -> None:
+    """Each artifact lies in the folder that its target names, on case-insensitive file systems too."""
+    names = [p.name.lower() for p in profiles]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageProblem("DT201", f"every target must have a name of its own (got {', '.join(twice)} twice)",
+                           fix="change `name` in one of the profiles")  # fmt: skip
 
 
 def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
@@ -84,12 +105,11 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
     A target that fails does not stop the others; its "status" and "reason" say so, and what was built is kept as
     `NAME.failed` when its figures are the reason. Raises only when the model itself cannot be taken.
     """
-    options.out.mkdir(parents=True, exist_ok=True)
     results = [_unavailable(name, reason) for name, (reason, _) in plan.unavailable.items()]
-    with tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
+    with _output(options.out), tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
         if plan.targets:
             say(f"preparing {plan.model.name}")
-            prepared = prepared_and_checked(plan.model, options)
+            prepared = prepared_and_checked(plan.model, options, plan.needs_graph)
             reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed, options.cache)
             for target in plan.targets:
                 results.append(_one(target, reference, options, say, results))
@@ -99,17 +119,39 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
     return report
 
 
-def prepared_and_checked(ref: ModelRef, options: Options) -> Prepared:
+@contextmanager
+def _output(folder: Path) -> Iterator[None]:
+    """Makes the output folder, which goes again when nothing came to lie in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is not empty, as it should be
+            folder.rmdir()
+
+
+def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool = True) -> Prepared:
     """The prepared model, its ONNX graph shown to be right at every case's shape.
 
-    The fast exporter traces; where that bakes a shape in, the graph is lowered again by the other exporter.
+    The fast exporter traces; where that bakes a shape in, the graph is lowered again by the other exporter. Where no
+    target takes the graph, none is made.
     """
+    if not needs_graph:
+        return prepare(ref, exporter=None, seed=options.seed, limits=options.limits, use=options.cache)
     exporters = ["torchscript", "dynamo"] if options.exporter == "auto" else [options.exporter]
+    wrong: list[str] = []
     for exporter in exporters:
-        prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache)
-        wrong = _graph_problems(prepared, options)
-        if not wrong:
+        try:
+            prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache)
+        except InputRefused as error:
+            if error.code != "DT305" or len(exporters) == 1:
+                raise
+            wrong += error.detail
+            continue
+        found = _graph_problems(prepared, options)
+        if not found:
             return prepared
+        wrong += [f"{exporter}: {sentence}" for sentence in found[:5]]
     raise InputRefused("DT305", "the ONNX graph must compute what the model does at every shape of the samples",
                        detail=wrong[:10], fix="look for sizes and values that forward() turns into Python "
                        "numbers; or choose targets that take the module itself (torchscript)")  # fmt: skip
@@ -117,19 +159,16 @@ def prepared_and_checked(ref: ModelRef, options: Options) -> Prepared:
 
 def _graph_problems(prepared: Prepared, options: Options) -> list[str]:
     checked = prepared.folder / "onnx-parity.json"
-    if checked.is_file():
-        return []
-    parity = worker.run(f"checking the graph of {prepared.info['name']}", "deploytool.verify.parity:parity_job",
-                        options.limits, artifact=str(prepared.folder / "onnx"),
-                        cases=str(prepared.folder / "cases"))  # fmt: skip
-    wrong = judge_parity(parity, load_target("ort").parity)
-    if not wrong:
-        write_json(checked, parity)
-    return wrong
+    if not checked.is_file():
+        write_json(checked, worker.run(
+            f"checking the graph of {prepared.info['name']}", "deploytool.verify.parity:parity_job", options.limits,
+            artifact=str(prepared.folder / "onnx"), cases=str(prepared.folder / "cases"),
+        ))  # fmt: skip
+    return judge_parity(read_json(checked), load_target("ort").parity)
 
 
 def _unavailable(name: str, reason: str) -> dict[str, Any]:
-    return {"target": name, "status": "unavailable", "reason": reason}
+    return {**_NOTHING, "target": name, "status": "unavailable", "reason": reason}
 
 
 def _one(
@@ -152,7 +191,10 @@ def _one(
             shutil.rmtree(other, ignore_errors=True)
     except DeployError as error:
         say(str(error))
-        return {"target": target.name, "status": "failed", "reason": error.message, "error": error.to_json()}
+        for stale in (final, failed_folder(final)):  # of an earlier run: it must not stand for this one
+            shutil.rmtree(stale, ignore_errors=True)
+        return {**_NOTHING, "target": target.name, "status": "failed", "reason": error.message,
+                "error": error.to_json()}  # fmt: skip
     return result
 
 
