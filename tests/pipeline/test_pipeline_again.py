@@ -1,0 +1,140 @@
+"""Finished artifacts looked at again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploytool.artifact import Artifact
+from deploytool.cases import Case, read_cases
+from deploytool.errors import InputRefused, IntegrityBroken
+from deploytool.pipeline import again
+from deploytool.pipeline.again import bench_again, replay, verify_again
+from deploytool.pipeline.export import Options
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+Exported = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def out(model: str, exported: Exported, tmp_path: Path) -> Path:
+    """The output folder of an export."""
+    exported(model, "ort", "torchscript")
+    return tmp_path / "out"
+
+
+def verify(path: Path, model: str | None = None) -> list[Any]:
+    report = verify_again(path, model, Options(out=path), lambda line: None)
+    assert report["schema_version"] == "1.0"
+    json.dumps(report, allow_nan=False)
+    return list(report["targets"])
+
+
+def test_folders_are_verified_again(out: Path) -> None:
+    """An export's output, or one artifact of it, must pass against the model that it names, with nothing to add."""
+    for path, names in ((out, ["ort", "torchscript"]), (out / "ort", ["ort"])):
+        results = verify(path)
+        assert [r["target"] for r in results] == names
+        assert all(r["status"] == "ok" and r["parity"]["cases"] == 3 and r["findings"] == [] for r in results)
+        assert all(r["quality"]["share"]["reference"] == r["quality"]["share"]["candidate"] for r in results)
+
+
+def test_a_changed_model_is_told_and_fails(out: Path, model: str) -> None:
+    """After other weights went into the model the old artifact must fail, and the change be named."""
+    text = Path(model).read_text()
+    Path(model).write_text(text.replace("manual_seed(0)\n    return nn", "manual_seed(7)\n    return nn"))
+    (result,) = verify(out / "ort")
+    assert result["status"] == "failed" and "cosine" in result["reason"]
+    assert result["findings"] == ["the model, its files or the libraries have changed since the export"]
+
+
+def test_without_its_model_the_golden_cases_are_compared(out: Path, model: str) -> None:
+    """Where the model is gone the recorded outputs are what there is, and that is said."""
+    Path(model).unlink()
+    (result,) = verify(out / "ort")
+    assert result["status"] == "ok" and result["quality"] == {}
+    assert "golden cases only" in result["findings"][0]
+    path = out / "ort" / "golden" / "001.npz"
+    case = Case.load(path)
+    Case(case.inputs, {k: -v for k, v in case.reference.items()}, case.outputs).save(path)
+    Artifact.load(out / "ort", check=False).save()
+    (result,) = verify(out / "ort")
+    assert result["status"] == "failed" and "cosine" in result["reason"]
+
+
+def test_another_model_is_refused(out: Path, tmp_path: Path, model: str) -> None:
+    """A model with other inputs cannot say anything about the artifact."""
+    (tmp_path / "other.py").write_text(Path(model).read_text().replace("8, ", "9, "))
+    with pytest.raises(InputRefused, match="must take what the model 'other' takes") as caught:
+        verify(out / "ort", str(tmp_path / "other.py"))
+    assert caught.value.code == "DT308"
+
+
+def test_a_changed_file_is_no_artifact(out: Path) -> None:
+    """One flipped byte must end as a broken integrity before anything is run."""
+    path = out / "ort" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    for check in (lambda: verify(out), lambda: bench_again([out / "ort"], Options(out=out), lambda line: None)):
+        with pytest.raises(IntegrityBroken):
+            check()
+
+
+@pytest.mark.parametrize(("key", "value"), [("model", {}), ("model", {"ref": {"kind": "python"}}), ("target", {}),
+                                            ("target", {"name": "ort"})])  # fmt: skip
+def test_a_manifest_without_what_is_needed(key: str, value: Any, out: Path) -> None:
+    """A manifest that does not say what it is of must be refused as such."""
+    path = out / "ort" / "artifact.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(InputRefused) as caught:
+        verify(out / "ort")
+    assert caught.value.code == "DT309"
+
+
+@pytest.mark.parametrize("path", ["nothing", "empty"])
+def test_there_must_be_an_artifact(path: str, tmp_path: Path) -> None:
+    """A folder without artifacts has nothing to verify, which is no success."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputRefused):
+        verify(tmp_path / path)
+
+
+def test_artifacts_are_timed_against_each_other(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is timed against the others, alone against its eager model; what cannot be compared is refused."""
+    asked: list[Any] = []
+
+    def compare(candidate: Artifact, references: dict[str, Artifact], case: Path, **_: Any) -> dict[str, Any]:
+        asked.append((candidate.target["name"], {k: v.backend for k, v in references.items()}, case.name))
+        return {"p50_ms": 1.0, "against": {}}
+
+    monkeypatch.setattr(again, "compare", compare)
+    how = Options(out=out, bench_seconds=1.0)
+    result = bench_again([out / "ort", out / "torchscript"], how, lambda line: None)
+    assert (result["artifact"], result["p50_ms"]) == (str(out / "ort"), 1.0)
+    bench_again([out / "torchscript"], how, lambda line: None)
+    assert asked == [("ort", {str(out / "torchscript"): "torchscript"}, "000.npz"),
+                     ("torchscript", {"eager": "eager"}, "000.npz")]  # fmt: skip
+    with pytest.raises(InputRefused, match="must hold one artifact"):
+        bench_again([out], how, lambda line: None)
+    shutil.copytree(out / "ort", out / "elsewhere")
+    path = out / "elsewhere" / "artifact.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "executes": False}))
+    with pytest.raises(InputRefused, match="built for other hardware"):
+        bench_again([out / "elsewhere"], how, lambda line: None)
+
+
+def test_replay_gives_the_recorded_outputs(out: Path) -> None:
+    """Golden inputs run again must give the golden outputs of the same engine here."""
+    artifact = Artifact.load(out / "ort")
+    cases = list(read_cases(out / "ort" / "golden"))
+    for case, outputs in zip(cases, replay(artifact, cases), strict=True):
+        assert np.allclose(case.outputs["output"], outputs["output"], atol=1e-6)

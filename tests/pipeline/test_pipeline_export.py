@@ -1,0 +1,256 @@
+"""Export from end to end: what is reported, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploytool.artifact import Artifact
+from deploytool.backends import base
+from deploytool.cli.export import exit_code
+from deploytool.errors import InputRefused, UsageProblem
+from deploytool.pipeline import export as pipeline
+from deploytool.pipeline.export import Options, make_plan
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+Exported = Callable[..., dict[str, Any]]
+Profile = Callable[..., str]
+KEYS = {"target", "status", "reason", "artifact", "size_bytes", "precision", "executed", "parity", "quality", "speed",
+        "memory", "seconds", "findings", "generation"}  # fmt: skip
+
+
+def by_target(report: dict[str, Any]) -> dict[str, Any]:
+    return {result["target"]: result for result in report["targets"]}
+
+
+def clean(out: Path) -> bool:
+    return not [p for p in out.rglob("*") if p.name.startswith(".")]
+
+
+def test_the_report_keeps_its_contract(model: str, exported: Exported, tmp_path: Path) -> None:
+    """Every key of the documented JSON must be there with its type, and the folder must hold what it says."""
+    report = exported(model, "ort", "torchscript")
+    assert report["schema_version"] == "1.0" and report["model"] == "tiny"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["targets"] == report["targets"]
+    json.dumps(report, allow_nan=False)
+    for name, result in by_target(report).items():
+        assert set(result) >= KEYS and result["status"] == "ok" and result["reason"] is None
+        parity = result["parity"]
+        assert parity["passed"] is True and parity["cases"] == 3 and parity["shapes"] == 3
+        assert set(parity["outputs"]["output"]) >= {"max_abs", "mean_abs", "cosine", "sqnr_db"}
+        assert set(result["quality"]["share"]) >= {"reference", "candidate"}
+        assert set(result["seconds"]) >= {"lower", "build", "verify", "bench"}
+        assert result["executed"] is True and result["precision"] == "fp32"
+        artifact = Artifact.load(Path(result["artifact"]))
+        assert artifact.folder == tmp_path / "out" / name and artifact.size_bytes == result["size_bytes"] > 0
+        assert (artifact.folder / "golden" / "000.npz").is_file() and (artifact.folder / "report.json").is_file()
+    assert clean(tmp_path / "out") and exit_code(report, asked_all=False) == 0
+
+
+def test_one_failing_target_does_not_stop_the_others(
+    model: str, exported: Exported, profile: Profile, tmp_path: Path
+) -> None:
+    """A target outside its limits is failed and kept as NAME.failed; the others are ok; the exit code is 1."""
+    strict = profile("strict", "onnxruntime", "int8", "cosine_min = 1.0\nsqnr_db_min = 299")
+    metric = profile("metric", "onnxruntime", "fp32", "cosine_min = 0.9\nmax_abs = 1e-30")
+    report = exported(model, strict, "ort", metric)
+    results = by_target(report)
+    assert [r["status"] for r in results.values()] == ["failed", "ok", "failed"]
+    assert "cosine of the worst sample must be at least 1.0" in results["strict"]["reason"]
+    assert "SQNR must be at least 299" in results["strict"]["reason"]
+    assert results["strict"]["parity"]["passed"] is False and results["strict"]["artifact"].endswith("strict.failed")
+    assert exit_code(report, asked_all=False) == 1
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"ort", "strict.failed", "metric.failed", "report.json"}
+
+
+def test_overwriting_leaves_no_result_of_before(
+    model: str, exported: Exported, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An artifact of an earlier run must not stand where this run's target failed, nor the other way round."""
+    name = profile("mine", "torchscript", "fp32", "cosine_min = 0.9")
+    exported(model, name)
+    with pytest.raises(UsageProblem, match="must not exist yet"):
+        exported(model, name)
+    profile("mine", "torchscript", "fp32", "cosine_min = 0.9\nmax_abs = 1e-30\nsqnr_db_min = 400")
+    exported(model, name, overwrite=True)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"mine.failed", "report.json"}
+    profile("mine", "torchscript", "fp32", "cosine_min = 0.9")
+    exported(model, name, overwrite=True)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"mine", "report.json"}
+
+    def refuse(*_: Any) -> None:
+        raise InputRefused("DT310", "the operator must be known (got Mystery)")
+
+    monkeypatch.setattr(pipeline.Reference, "build", refuse)
+    report = exported(model, name, overwrite=True)
+    assert set(report["targets"][0]) >= KEYS and report["targets"][0]["error"]["code"] == "DT310"
+    assert exit_code(report, asked_all=False) == 3
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"report.json"}
+
+
+def test_a_worse_metric_fails(model: str, exported: Exported, profile: Profile, tmp_path: Path) -> None:
+    """A metric that loses more than the profile allows must fail though every output is near enough."""
+    path = tmp_path / "worse.py"
+    path.write_text(Path(model).read_text() + """
+def evaluate(predict):
+    from pathlib import Path
+    count = Path(__file__).with_suffix(".count")  # the reference is measured first
+    worse = count.exists()
+    count.touch()
+    return {"score": 0.9 if worse else 1.0}
+""")  # fmt: skip
+    report = exported(str(path), profile("ok", "onnxruntime", "fp32", "cosine_min = 0.9"),
+                      profile("wide", "onnxruntime", "fp32", "cosine_min = 0.9\nmetric_drop_max = 0.2"))  # fmt: skip
+    results = by_target(report)
+    assert results["ok"]["quality"]["score"] == {"reference": 1.0, "candidate": 0.9, "lower_is_better": False}
+    assert results["ok"]["status"] == "failed" and "metric 'score' may lose 1.00%" in results["ok"]["reason"]
+    assert results["ok"]["parity"]["passed"] is True and results["wide"]["status"] == "ok"
+
+
+def test_a_missing_backend_is_unavailable(
+    model: str, exported: Exported, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target whose package is absent is told with the command that installs it, and the others are exported."""
+    absent = dataclasses.replace(base.BACKENDS["eager"], name="absent", modules=("no_such_engine",), extra="engine")
+    monkeypatch.setitem(base.BACKENDS, "absent", absent)
+    name = profile("other", "absent", "fp32", "cosine_min = 0.9")
+    plan = make_plan(model, ["torchscript", name], Options(out=Path("nowhere-yet")))
+    assert plan.unavailable == {"other": ("not installed: no_such_engine", "pip install 'deploytool[engine]'")}
+    report = exported(model, "torchscript", name)
+    results = by_target(report)
+    assert results["torchscript"]["status"] == "ok" and results["other"]["status"] == "unavailable"
+    assert set(results["other"]) >= KEYS and results["other"]["reason"] == "not installed: no_such_engine"
+    assert exit_code(report, asked_all=False) == 4 and exit_code(report, asked_all=True) == 0
+    assert exit_code(exported(model, name, out="none"), asked_all=True) == 4
+
+
+@pytest.mark.parametrize(("verdict", "said"), [
+    ("slower", "is slower than the plain ort (0.80x, interval 0.70 to 0.90)"),
+    ("same", "is as fast as the plain ort"),
+    ("undecided", "is not shown to be faster than the plain ort"),
+    ("faster", None),
+])  # fmt: skip
+def test_a_quantized_target_is_held_against_its_plain_sibling(
+    verdict: str, said: str | None, model: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 that is not shown to be faster than fp32 of the same engine must be told, and only then."""
+    asked: list[list[str]] = []
+
+    def compare(candidate: Artifact, references: dict[str, Artifact], case: Path, **_: Any) -> dict[str, Any]:
+        asked.append(list(references))
+        figures = {"p50_ms": 2.0, "speedup": 0.8, "speedup_ci": [0.7, 0.9], "verdict": verdict}
+        return {"p50_ms": 1.0, "p90_ms": 1.0, "p99_ms": 1.0, "peak_rss_bytes": 5, "notes": [],
+                "against": {name: dict(figures) for name in references}}  # fmt: skip
+
+    monkeypatch.setattr(pipeline, "compare", compare)
+    report = exported(model, "ort", "ort-int8", bench_seconds=1.0)
+    result = by_target(report)["ort-int8"]
+    assert asked == [["eager"], ["eager", "ort"]]
+    found = [line for line in result["findings"] if "plain ort" in line]
+    assert (len(found) == 1 and said in found[0]) if said else found == []
+    assert set(result["speed"]) >= {"p50_ms", "p90_ms", "p99_ms", "reference_p50_ms", "speedup", "speedup_ci"}
+    assert result["memory"] == {"peak_rss_bytes": 5} and result["speed"]["reference_p50_ms"] == 2.0
+
+
+def test_a_timed_export(model: str, exported: Exported) -> None:
+    """One real timing with a small budget: figures of the right kind, whatever they are."""
+    (result,) = exported(model, "ort", bench_seconds=0.5, quality=False)["targets"]
+    assert 0 < result["speed"]["p50_ms"] <= result["speed"]["p99_ms"] and result["speed"]["reference_p50_ms"] > 0
+    low, high = result["speed"]["speedup_ci"]
+    assert low <= result["speed"]["speedup"] <= high
+    assert result["memory"]["peak_rss_bytes"] > 1_000_000 and result["quality"] == {}
+
+
+BAKED = """
+import torch
+from torch import nn
+
+class M(nn.Module):
+    def forward(self, x):
+        {body}
+
+def build(): return M()
+def samples():
+    random = torch.Generator().manual_seed(0)
+    return [{{"x": torch.randn(b, t, 3, generator=random)}} for b, t in ((2, 4), (1, 7), (3, 5))]
+INPUTS = {{"x": ("batch", "time", 3)}}
+"""
+LOOP = """total = x[:, 0]
+        for step in range(1, int(x.shape[1])):
+            total = total * 0.5 + x[:, step]
+        return total"""
+BRANCH = "return x * 2 if x.sum() > 0 else x - 1"
+ARANGE = """position = torch.arange(int(x.shape[1]))
+        return x + position[None, :, None]"""
+COUNT = "return x / float(len(x[0]))"
+
+
+@pytest.mark.parametrize("body", [LOOP, BRANCH, ARANGE, COUNT], ids=["loop", "branch", "arange", "count"])
+def test_a_baked_shape_never_passes(body: str, exported: Exported, tmp_path: Path) -> None:
+    """What a trace fixes must go through the other exporter and then be right, or be refused; never pass."""
+    (tmp_path / "baked.py").write_text(BAKED.format(body=body))
+    try:
+        report = exported(str(tmp_path / "baked.py"), "ort")
+    except InputRefused as error:
+        refused: InputRefused | None = error
+    else:
+        refused = None
+    if refused:
+        assert refused.code == "DT305" and refused.detail and not (tmp_path / "out").exists()
+        return
+    (result,) = report["targets"]
+    assert result["status"] == "ok" and result["parity"]["cases"] == 3
+    assert all(figures["cosine"] > 0.99999 for figures in result["parity"]["outputs"].values())
+
+
+def test_a_trace_that_fails_is_followed_by_the_other_exporter(
+    model: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways out of a bad trace lead to dynamo: an exception, and a graph that computes something else."""
+    from deploytool.lower import onnx as lowering
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no trace today")
+
+    monkeypatch.setattr(lowering, "trace", fail)
+    (result,) = exported(model, "ort", cache=False)["targets"]
+    history = Artifact.load(Path(result["artifact"])).history
+    assert result["status"] == "ok" and history[0].settings["exporter"] == "dynamo"
+    with pytest.raises(InputRefused, match="exportable to ONNX") as caught:
+        exported(model, "ort", cache=False, exporter="torchscript", out="second")
+    assert caught.value.code == "DT305" and "no trace today" in str(caught.value)
+
+
+def test_the_second_run_prepares_nothing(model: str, exported: Exported, inline: list[str]) -> None:
+    """An unchanged model is lowered, checked and run by eager once."""
+    exported(model, "ort")
+    del inline[:]
+    (result,) = exported(model, "ort", out="second")["targets"]
+    assert result["seconds"]["lower_cached"] is True and "prepare_job" not in inline
+    assert "build_job" in inline and "quality_job" in inline
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", ".hidden", "", "a b", "a/b", "x" * 101])
+def test_a_target_cannot_be_named_like_a_path(name: str, profile: Profile, model: str, tmp_path: Path) -> None:
+    """A profile's name becomes a folder's: it must not lead out of the output."""
+    path = tmp_path / "p.toml"
+    path.write_text(Path(profile("q", "eager", "fp32", "cosine_min = 0.9")).read_text().replace('"q"', f'"{name}"'))
+    with pytest.raises(UsageProblem) as caught:
+        make_plan(model, [str(path)], Options(out=tmp_path / "out"))
+    assert caught.value.code == "DT202" and "'name'" in str(caught.value)
+
+
+def test_two_targets_of_one_name_are_refused(profile: Profile, model: str, tmp_path: Path) -> None:
+    """Two profiles that would write to one folder are a mistake."""
+    (tmp_path / "b").mkdir()
+    first = Path(profile("same", "eager", "fp32", "cosine_min = 0.9"))
+    (tmp_path / "b" / "same.toml").write_text(first.read_text())
+    with pytest.raises(UsageProblem, match="name of its own"):
+        make_plan(model, [str(first), str(tmp_path / "b" / "same.toml")], Options(out=tmp_path / "out"))
