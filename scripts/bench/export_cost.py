@@ -47,11 +47,11 @@ class Cost:
 
 
 def measure(command: list[str], output: Path, log: Path) -> Cost:
-    """Run a command to its end; raises RuntimeError with the tail of its log when it fails."""
+    """Run a command to its end, with an empty cache; raises RuntimeError with the tail of its log when it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=_environment())
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=_environment(output.parent / "cache"))
         peak = 0
         while process.poll() is None:
             peak = max(peak, _tree_rss(process.pid))
@@ -66,8 +66,8 @@ def measure(command: list[str], output: Path, log: Path) -> Cost:
     return Cost(wall, cpu, peak, size)
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+def _environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "DEPLOYTOOL_CACHE": str(cache)}
 
 
 def _tree_rss(pid: int) -> int:
@@ -107,7 +107,7 @@ def commands(args: argparse.Namespace, folder: Path, out: Path) -> dict[str, lis
     options = [] if args.quality else ["--no-quality"]
     return {
         "deploytool": [sys.executable, "-m", "deploytool", "export", str(args.model or folder), "--target", args.target,
-                       "-o", str(out), "--no-bench", "--no-cache", "--json", *options],
+                       "-o", str(out), "--no-bench", "--json", *options],
         "optimum": [str(peer), "export", "onnx", "--task", args.task, "--model", str(folder), str(out)],
     }  # fmt: skip
 
