@@ -99,7 +99,6 @@ class InternalError(DeployError):
 
 CODES: dict[str, str] = {
     "DT101": "Parity failed: the artifact's outputs differ from the reference by more than the profile allows.",
-    "DT102": "The release gate said no: the candidate breaks the contract, a metric, size or speed of the release.",
     "DT103": "The bundle's self-test failed: golden inputs no longer give the golden outputs.",
     "DT104": "Compression loses more of a metric than the recipe's [quality] allows.",
     "DT105": "Compression diverged: a loss, a gradient or an output is NaN or infinite.",
@@ -130,7 +129,6 @@ CODES: dict[str, str] = {
     "DT503": "A worker process took more memory than allowed.",
     "DT504": "The backend raised an error while building or running.",
     "DT601": "A file's checksum differs from the manifest, or a file is missing or was added.",
-    "DT701": "Too noisy to decide; a longer or quieter run is needed.",
     "DT900": "An internal error: please report it with the log.",
 }
 
