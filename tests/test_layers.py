@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "deploytool"
 LAYERS = (
     {"errors"},
     {"shipped", "storage", "signature", "settings", "results"},
-    {"artifact", "cases", "target", "source", "runner"},
+    {"artifact", "cases", "difference", "target", "source", "runner"},
     {"worker"},
     {"load"},
     {"lower"},

@@ -9,8 +9,8 @@ from typing import Any
 from deploytool.artifact import Artifact
 from deploytool.backends.base import open_artifact
 from deploytool.cases import Case, case_files
+from deploytool.difference import Difference
 from deploytool.errors import InputRefused
-from deploytool.verify.metrics import Difference
 
 GOLDEN_CASES = 3
 _GOLDEN_BYTES = 64_000_000

@@ -15,7 +15,8 @@ _SQNR_CAP_DB = 300.0  # equal arrays have infinite SQNR, which JSON cannot hold
 class Difference:
     """Errors of one output, accumulated over cases.
 
-    Worst-sample figures look at one row of the batch at a time where axis 0 is the batch, else at the whole array.
+    Worst-sample figures (`cosine`, and `error`: L2 norm of the difference over the reference's norm, floating-point
+    outputs only) look at one row of the batch at a time where axis 0 is the batch, else at the whole array.
     Elements that are the same infinity in both are equal and left out; any other non-finite element is a failure.
     """
 
@@ -25,6 +26,7 @@ class Difference:
     max_abs: float = 0.0
     sum_abs: float = 0.0
     cosine: float = 1.0
+    error: float = 0.0
     worst_sample: str = ""
     signal: float = 0.0
     noise: float = 0.0
@@ -61,13 +63,16 @@ class Difference:
         with np.errstate(over="ignore"):  # what is too large to square is judged in _sqnr_db
             self.signal += float((ref * ref).sum())
             self.noise += float((error * error).sum())
-        self._worst(case, ref, got)
+        self._worst(case, ref, got, reference.dtype.kind == "f")
         self._decide(reference, candidate)
 
-    def _worst(self, case: int, ref: np.ndarray, got: np.ndarray) -> None:
+    def _worst(self, case: int, ref: np.ndarray, got: np.ndarray, real: bool) -> None:
         rows = range(ref.shape[0]) if self.batched and ref.ndim > 1 else [None]
         for row in rows:
-            value = cosine(ref if row is None else ref[row], got if row is None else got[row])
+            was, now = (ref, got) if row is None else (ref[row], got[row])
+            value = cosine(was, now)
+            if real:
+                self.error = max(self.error, relative_error(was, now))
             if value < self.cosine or not self.worst_sample:
                 self.cosine, self.worst_sample = value, f"case {case}" + ("" if row is None else f" row {row}")
 
@@ -82,6 +87,11 @@ class Difference:
         self.decisions += equal.size
         self.agreed += int(equal.sum())
 
+    @property
+    def agreement(self) -> float | None:
+        """Share of equal decisions; None where the output takes none."""
+        return self.agreed / self.decisions if self.decisions else None
+
     def summary(self) -> dict[str, Any]:
         """The figures as JSON data."""
         if not self.elements and not self.problems:
@@ -92,7 +102,7 @@ class Difference:
             "cosine": self.cosine,
             "worst_sample": self.worst_sample,
             "sqnr_db": self._sqnr_db(),
-            "agreement": self.agreed / self.decisions if self.decisions else None,
+            "agreement": self.agreement,
             "elements": self.elements,
             "problems": self.problems,
         }
@@ -115,6 +125,13 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     if product == 0:
         return 0.0
     return float(min(1.0, max(-1.0, a @ b / product)))
+
+
+def relative_error(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """L2 norm of the difference over that of the reference; the plain norm where the reference is zero."""
+    largest = float(np.abs(reference).max(initial=0.0)) or 1.0
+    size = float(np.linalg.norm(reference / largest))
+    return float(np.linalg.norm((candidate - reference) / largest)) / (size or 1.0)
 
 
 def _scaled(vector: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploytool.verify.metrics import Difference, cosine
+from deploytool.difference import Difference, cosine
 
 SEEDS = range(20)
 
