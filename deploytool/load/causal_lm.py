@@ -90,7 +90,7 @@ class CausalLM(nn.Module):
         The masks that transformers makes ask for lengths as Python numbers and branch on them, which a trace freezes.
         """
         key = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        query = key[key.shape[0] - sequence :, None]
+        query = torch.arange(sequence, device=key.device)[:, None] + (attention_mask.shape[1] - sequence)
         # A padding token sees itself: a row without any score would be NaN, or depend on the runtime's rounding.
         seen = ((key <= query) & attention_mask[:, None, None, :].bool()) | (key == query)
         masks = {"full_attention": seen, "sliding_attention": seen}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,3 +119,30 @@ def test_other_kinds_of_layers_are_refused() -> None:
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(InputRefused, match="linear_attention"):
         CausalLM(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_either_exporter_gives_an_onnx_file_right_at_every_shape(dynamo: bool, positional: Any, tmp_path: Path) -> None:
+    """Exported from one decoding step, the file must agree in ONNX Runtime on prefill and padded batches."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, **GROUPED)).eval()
+    module = CausalLM(plain)
+    samples = causal_samples(module, lambda text: [3 + ord(c) % 90 for c in text])
+    adapter = positional(module, list(samples[0])).eval()
+    axes = {
+        name: {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
+        for name, shape in causal_inputs(plain.config).items()
+    }
+    free = {"dynamic_shapes": (tuple(axes.values()),)} if dynamo else {"dynamic_axes": axes}
+    torch.onnx.export(
+        adapter, tuple(samples[0].values()), str(tmp_path / "model.onnx"), dynamo=dynamo, opset_version=18,
+        input_names=list(samples[0]), output_names=list(module(**samples[0])), verbose=False, **free,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for sample in samples:
+        feeds = {name: value.numpy() for name, value in sample.items()}
+        for got, wanted in zip(session.run(None, feeds), module(**sample).values(), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-4, atol=1e-5)
