@@ -13,7 +13,7 @@ from deploytool.worker import Limits
 
 @click.command("bench")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--seconds", default=20.0, show_default=True, help="Time for timing.")
+@click.option("--seconds", default=20.0, type=options.SECONDS, show_default=True, help="Time for timing.")
 @options.seed_option
 @options.limits_options
 @options.quiet_option

@@ -21,7 +21,7 @@ _EXIT = {"passed": 0, "failed": 1, "inconclusive": 7}
 @click.option("--max-slowdown", default=0.10, show_default=True, help="Share by which a run may take longer.")
 @click.option("--no-latency", is_flag=True, help="Do not time the two against each other.")
 @click.option("--new-model", is_flag=True, help="The candidate was trained anew: other outputs are expected.")
-@click.option("--seconds", default=20.0, show_default=True, help="Time for timing each target.")
+@click.option("--seconds", default=20.0, type=options.SECONDS, show_default=True, help="Time for timing each target.")
 @options.seed_option
 @options.limits_options
 @options.quiet_option

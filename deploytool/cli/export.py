@@ -21,7 +21,8 @@ _EXIT_BY_KIND = {"CheckFailed": 1, "UsageProblem": 2, "InputRefused": 3, "Enviro
 @click.option("-t", "--target", "targets", multiple=True, help="A target's name or profile; repeat it, or `all`.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the artifacts, one each.")
 @options.overwrite_option
-@click.option("--bench-seconds", default=10.0, show_default=True, help="Time for timing each target.")
+@click.option("--bench-seconds", default=10.0, type=options.SECONDS_OR_NONE, show_default=True,
+              help="Time for timing each target.")  # fmt: skip
 @click.option("--no-bench", is_flag=True, help="Leave timing out.")
 @click.option("--no-quality", is_flag=True, help="Leave the task metric and decoding checks out.")
 @click.option("--exporter", type=click.Choice(["auto", "torchscript", "dynamo"]), default="auto", show_default=True,

@@ -120,8 +120,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.Abort:
         return 130
     except Interrupted as stop:
-        click.echo("interrupted", err=True)
-        return _INTERRUPTED[signal.Signals(stop.number)]
+        return _tell_interrupted(stop, arguments)
     except OSError as error:
         return _tell(_as_environment(error), arguments)
     except Exception as error:
@@ -139,6 +138,17 @@ def _tell(error: DeployError, arguments: Sequence[str]) -> int:
         if "--json" in arguments:
             click.echo(json.dumps({"schema_version": "1.0", "error": error.to_json()}, indent=2))
     return error.exit_code
+
+
+def _tell_interrupted(stop: Interrupted, arguments: Sequence[str]) -> int:
+    number = signal.Signals(stop.number)
+    with contextlib.suppress(OSError):
+        click.echo("interrupted", err=True)
+        if "--json" in arguments:
+            about: dict[str, Any] = {"kind": "Interrupted", "code": None, "message": f"interrupted by {number.name}"}
+            about |= {"detail": [], "fix": None}
+            click.echo(json.dumps({"schema_version": "1.0", "error": about}, indent=2))
+    return _INTERRUPTED[number]
 
 
 def _as_usage(error: click.UsageError) -> UsageProblem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,27 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on 
 seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
 
 
+class Seconds(click.ParamType):  # type: ignore[type-arg]
+    """A finite number of seconds, 0 or more."""
+
+    name = "seconds"
+
+    def __init__(self, *, zero: bool):
+        self._zero = zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not self._zero):
+            self.fail(f"{value!r} must be a number of seconds{'' if self._zero else ' above 0'}", param, ctx)
+        return seconds
+
+
+SECONDS, SECONDS_OR_NONE = Seconds(zero=False), Seconds(zero=True)
+
+
 class Bytes(click.ParamType):  # type: ignore[type-arg]
     """A size such as 500M, 4G or a number of bytes."""
 
@@ -34,15 +56,18 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         text = str(value).upper().removesuffix("B")
         unit = self._UNITS.get(text[-1:], 1)
         try:
-            return int(float(text[:-1] if unit > 1 else text) * unit)
-        except ValueError:
+            size = int(float(text[:-1] if unit > 1 else text) * unit)
+        except (ValueError, OverflowError):
+            size = 0
+        if size <= 0:
             self.fail(f"{value!r} must be a size such as 500M or 4G", param, ctx)
+        return size
 
 
 def limits_options(function: F) -> F:
     """--timeout, --memory-limit and --offline; the command gets `limits`."""
 
-    @click.option("--timeout", type=float, default=None, help="Seconds that any one step may take.")
+    @click.option("--timeout", type=SECONDS, default=None, help="Seconds that any one step may take.")
     @click.option("--memory-limit", type=Bytes(), default=None, help="Memory that any one process tree may take.")
     @click.option("--offline", is_flag=True, help="Never use the network, also for models that are named remotely.")
     def wrapped(*args: Any, timeout: float | None, memory_limit: int | None, offline: bool, **kwargs: Any) -> Any:
