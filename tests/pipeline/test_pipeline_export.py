@@ -16,6 +16,7 @@ from deploytool.cli.export import exit_code
 from deploytool.errors import InputRefused, UsageProblem
 from deploytool.pipeline import export as pipeline
 from deploytool.pipeline.export import Options, make_plan
+from deploytool.report.table import export_table
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -254,3 +255,19 @@ def test_two_targets_of_one_name_are_refused(profile: Profile, model: str, tmp_p
     (tmp_path / "b" / "same.toml").write_text(first.read_text())
     with pytest.raises(UsageProblem, match="name of its own"):
         make_plan(model, [str(first), str(tmp_path / "b" / "same.toml")], Options(out=tmp_path / "out"))
+
+
+def test_an_engine_for_other_hardware_is_not_executed(
+    model: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an engine cannot run, report, table and findings must say so, and nothing may be timed."""
+    pytest.importorskip("tensorrt_rtx")
+    if base.nvidia_driver():
+        pytest.skip("an NVIDIA driver is here: the engine would run")
+    monkeypatch.setattr(pipeline, "compare", lambda *_, **__: pytest.fail("it was timed"))
+    report = exported(model, "trt", bench_seconds=1.0)
+    (result,) = report["targets"]
+    assert result["status"] == "ok" and result["executed"] is False and result["speed"] is result["memory"] is None
+    assert result["parity"]["passed"] is True and Artifact.load(Path(result["artifact"])).executes is False
+    assert [line for line in result["findings"] if line.startswith("not executed")]
+    assert export_table(report).count("not executed") == 1
