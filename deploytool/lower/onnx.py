@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -42,6 +44,7 @@ def lower_onnx(
     """
     started = time.perf_counter()
     _refuse_broken_weights(source)
+    _give_back_memory()
     example = choose_example(source.signature, source.samples()) if example is None else example
     model, settings = _export(source, example, exporter)
     out.mkdir(parents=True, exist_ok=True)
@@ -51,6 +54,12 @@ def lower_onnx(
         folder=out, backend="onnxruntime", format="onnx", entry=ENTRY, precision="fp32", signature=source.signature,
         history=(Step("lower", settings, versions(_PACKAGES), time.perf_counter() - started),),
     ).save()  # fmt: skip
+
+
+def _give_back_memory() -> None:
+    """Return what earlier stages freed to the system, where the C library keeps it: 40 MB after a batch of MiniLM."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def choose_example(signature: Signature, samples: Iterable[dict[str, Tensor]]) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -30,7 +30,8 @@ def save(model: ir.Model, folder: Path) -> None:
         ir.save(model, folder / ENTRY, external_data=DATA, size_threshold_bytes=_INLINE_BYTES,
                 alignment=_PAGE_BYTES, align_threshold=_PAGE_BYTES)  # fmt: skip
         return
-    large = {n: t for n, t in weights.items() if t.nbytes > _INLINE_BYTES and t.dtype != ir.DataType.STRING}
+    large = {n: t for n, t in weights.items() if isinstance(t, (ir.Tensor, ir.LazyTensor)) and t.nbytes > _INLINE_BYTES
+             and t.dtype != ir.DataType.STRING}  # fmt: skip
     apart = [model.graph.initializers.pop(name) for name in large]
     try:
         proto = ir.to_proto(model)
@@ -49,7 +50,7 @@ def _in_order(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
                          dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)  # fmt: skip
 
 
-def _stream(proto: onnx.ModelProto, weights: dict[str, ir.TensorProtocol], file: BinaryIO) -> None:
+def _stream(proto: onnx.ModelProto, weights: dict[str, ir.Tensor[Any] | ir.LazyTensor], file: BinaryIO) -> None:
     """The bytes of `proto` with `weights` added to its graph, one weight in memory at a time.
 
     protobuf's wire format allows the fields of a message in any order; only their lengths must be known beforehand.
@@ -63,7 +64,7 @@ def _stream(proto: onnx.ModelProto, weights: dict[str, ir.TensorProtocol], file:
     file.write(bytes([_MODEL_GRAPH]) + _varint(total) + graph)
     for name, tensor in weights.items():
         file.write(bytes([_GRAPH_INITIALIZER]) + _varint(sizes[name]) + heads[name])
-        file.write(tensor.tobytes())
+        tensor.tofile(file)  # no copy, where tobytes() would make one
 
 
 def _head(name: str, tensor: ir.TensorProtocol) -> bytes:

@@ -51,7 +51,8 @@ def measure(command: list[str], output: Path, log: Path) -> Cost:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=_environment(output.parent / "cache"))
+        environment = _environment(output.parent / "cache")
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment)
         peak = 0
         while process.poll() is None:
             peak = max(peak, _tree_rss(process.pid))
