@@ -101,6 +101,7 @@ class Difference:
             "mean_abs": self.sum_abs / max(self.elements, 1),
             "cosine": self.cosine,
             "worst_sample": self.worst_sample,
+            "relative_error": self.error,
             "sqnr_db": self._sqnr_db(),
             "agreement": self.agreement,
             "elements": self.elements,
@@ -125,6 +126,14 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     if product == 0:
         return 0.0
     return float(min(1.0, max(-1.0, a @ b / product)))
+
+
+def error_max(cosine_min: float) -> float:
+    """The relative error that goes with a cosine: the cosine alone is blind to scale.
+
+    At an angle of that cosine, an output of the right length has sqrt(2 (1 - cosine)); twice that is for its length.
+    """
+    return 2 * math.sqrt(2 * max(0.0, 1 - cosine_min)) + 1e-6
 
 
 def relative_error(reference: np.ndarray, candidate: np.ndarray) -> float:

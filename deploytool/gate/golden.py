@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.cases import Case, read_cases
-from deploytool.difference import Difference
+from deploytool.difference import Difference, error_max
 from deploytool.errors import DeployError, EnvironmentLacking
 from deploytool.gate.limits import GateLimits
 from deploytool.results import Finding, FindingStatus
@@ -68,14 +67,11 @@ def _verdict(spec: TensorSpec, distance: Difference, candidate: Artifact) -> tup
     cosine_min, agreement_min = profile.get("cosine_min"), profile.get("agreement_min")
     if not isinstance(cosine_min, int | float):
         return "the candidate's profile must hold cosine_min (it does not)", "fail", None
-    # The cosine is blind to scale. At the angle that it allows, an output of the right length has this error; twice
-    # that is for its length.
-    error_max = 2 * math.sqrt(2 * max(0.0, 1 - cosine_min)) + 1e-6
     if distance.cosine < cosine_min:
         return f"output {spec.name!r} is too far from the reference{_decisions(distance)}", "fail", cosine_min
-    if distance.error > error_max:
+    if distance.error > error_max(cosine_min):
         return (f"output {spec.name!r} has the wrong scale: relative error {distance.error:.3g}, at most "
-                f"{error_max:.3g} is allowed"), "fail", cosine_min  # fmt: skip
+                f"{error_max(cosine_min):.3g} is allowed"), "fail", cosine_min  # fmt: skip
     if agreement_min is not None and distance.agreement is not None and distance.agreement < agreement_min:
         return f"too few decisions of {spec.name!r} are equal{_decisions(distance)}", "fail", cosine_min
     return f"output {spec.name!r} is near the reference{_decisions(distance)}", "pass", cosine_min

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploytool.difference import error_max
 from deploytool.target import Limits
 
 
@@ -24,6 +25,9 @@ def _beyond(figures: Mapping[str, Any], limits: Limits) -> list[str]:
     if not figures["cosine"] >= limits.cosine_min:  # also where it is no number
         wrong.append(f"cosine of the worst sample must be at least {limits.cosine_min} "
                      f"(got {figures['cosine']:.6f} at {figures['worst_sample']})")  # fmt: skip
+    elif not figures["relative_error"] <= error_max(limits.cosine_min):
+        wrong.append(f"relative error of the worst sample must be at most {error_max(limits.cosine_min):.3g}, which "
+                     f"goes with that cosine (got {figures['relative_error']:.3g})")  # fmt: skip
     if limits.max_abs is not None and figures["max_abs"] > limits.max_abs:
         wrong.append(f"largest absolute error must be at most {limits.max_abs} (got {figures['max_abs']:.3g})")
     if limits.sqnr_db_min is not None and figures["sqnr_db"] < limits.sqnr_db_min:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from deploytool.difference import Difference
 from deploytool.target import Limits
-from deploytool.verify.judge import compare_quality, judge_quality
+from deploytool.verify.judge import compare_quality, judge_parity, judge_quality
 
 LIMITS = Limits(cosine_min=0, metric_drop_max=0.01, generation_min=0.9)
 
@@ -58,3 +60,15 @@ def test_generation_agreement() -> None:
     assert "must be at least 0.9 (got 0.8000)" in judge_quality({}, generation, LIMITS)[0]
     assert judge_quality({}, generation, Limits(cosine_min=0, generation_min=0.8)) == []
     assert judge_quality({}, generation, Limits(cosine_min=0)) == []
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.2, True), (2.0, False), (0.3, False), (-1.0, False)])
+def test_one_row_of_the_wrong_scale(factor: float, passes: bool) -> None:
+    """A single row of a large batch must fail for its scale alone, under an int8 target's limits too."""
+    reference = np.random.default_rng(0).standard_normal((200, 16), dtype=np.float32)
+    candidate = reference.copy()
+    candidate[7] *= factor
+    difference = Difference("y", batched=True)
+    difference.add(0, reference, candidate)
+    parity = {"cases": 1, "outputs": {"y": difference.summary()}}
+    assert (judge_parity(parity, Limits(cosine_min=0.98, sqnr_db_min=12)) == []) == passes
