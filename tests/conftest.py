@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     if absent:
         raise pytest.UsageError(f"--require: not installed: {', '.join(absent)}")
+    # A shell starts background jobs with Ctrl-C ignored, which children inherit: those of tests must not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
