@@ -50,6 +50,7 @@ class Request:
     source       the live module, for backends that accept "source"; else None
     portable     the ONNX lowering, for backends that accept "onnx"; else None
     calibration  re-iterable real feeds, NumPy
+    cases        re-iterable inputs that parity is taken on; the first is the one that is timed
     out          an existing, empty folder to write to
     """
 
@@ -58,6 +59,7 @@ class Request:
     source: Source | None
     portable: Artifact | None
     calibration: Callable[[], Iterable[Outputs]]
+    cases: Callable[[], Iterable[Outputs]]
     out: Path
     seed: int = 0
 

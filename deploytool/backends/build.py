@@ -29,12 +29,16 @@ def build_job(
     def calibration() -> Iterator[Outputs]:
         return (case.inputs for case in read_cases(folder / "calibration"))
 
+    def cases() -> Iterator[Outputs]:
+        return (case.inputs for case in read_cases(folder / "cases"))
+
     request = Request(
         target=profile,
         signature=Signature.from_json(read_json(folder / "signature.json")),
         source=source,
         portable=portable,
         calibration=calibration,
+        cases=cases,
         out=Path(out),
         seed=seed,
     )

@@ -92,7 +92,7 @@ class SizeRange(Table):
 
 
 class TensorRtBuild(Table):
-    """`profile` maps free dimensions to sizes; those left out are read from the calibration feeds.
+    """`profile` maps free dimensions to sizes; those left out are read from calibration feeds and parity cases.
 
     `fp32_ops` are operators of the ONNX graph that stay fp32 in an fp16 engine, beside those that always do.
     """

@@ -1,14 +1,16 @@
 """TensorRT engines for NVIDIA GPUs, from the portable graph in fp16 or fp32.
 
 Full TensorRT builds only beside a GPU and for it; TensorRT-RTX also builds without one, for the compute capabilities
-that the profile names. TensorRT networks are strongly typed: the precision is the graph's. Without a GPU the engine
-cannot run here; then the artifact opens the very graph that the compiler was given, on ONNX Runtime.
+that the profile names. TensorRT networks are strongly typed: the precision is the graph's. Where the engine does not
+open here (no GPU, or another one than it is for), the artifact opens the very graph that the compiler was given, on
+ONNX Runtime, and its settings say why.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from deploytool.backends.base import Built, Request, nvidia_driver, portable_of
 from deploytool.backends.engine import threads_of
 from deploytool.backends.onnx_fp16 import rounding_session, write_fp16
 from deploytool.backends.onnxruntime import SessionRunner, copy_graph, open_session
-from deploytool.errors import BackendFailed, InputRefused, UsageProblem, nearest
+from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem, nearest
 from deploytool.runner import Runner
-from deploytool.signature import Signature
+from deploytool.signature import Outputs, Signature
 from deploytool.target import Target
 
 GRAPH = "model.onnx"
@@ -72,11 +74,13 @@ class TensorRt:
         (request.out / ENGINE).write_bytes(plan)
         settings["profile"] = {name: size.model_dump() for name, size in ranges.items()}
         settings["rebuild"] = rebuild_command(request.signature, ranges)
-        here = nvidia_driver()
-        return Built("tensorrt", ENGINE if here else GRAPH, precision, executes=here, settings=settings)
+        obstacle = obstacle_here(plan, request.signature)
+        if obstacle:
+            return Built("tensorrt", GRAPH, precision, executes=False, settings={**settings, "not_executed": obstacle})
+        return Built("tensorrt", ENGINE, precision, settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
-        """The engine on the GPU where it was built for running; else its graph on ONNX Runtime."""
+        """The engine where it opened when it was built; else its graph on ONNX Runtime."""
         if not artifact.executes:
             threads = threads_of(artifact)
             half = artifact.precision == "fp16"
@@ -84,26 +88,68 @@ class TensorRt:
                 rounding_session(artifact.main_file, threads) if half else open_session(artifact.main_file, threads)
             )
             return SessionRunner(session, artifact.signature)
-        # Needs torch with CUDA: only opening an engine does.
-        from deploytool.backends.tensorrt_engine import open_engine
+        return _open_plan(artifact.main_file.read_bytes(), artifact.signature)
 
-        return open_engine(trt, Log(), artifact)
+
+def _open_plan(plan: bytes, signature: Signature) -> Runner:
+    # Needs torch with CUDA: only opening an engine does.
+    from deploytool.backends.tensorrt_engine import open_engine
+
+    return open_engine(trt, Log(), plan, signature)
+
+
+def obstacle_here(plan: bytes, signature: Signature) -> str:
+    """Why a serialized engine cannot run on this machine, found by opening it; "" when nothing is in the way."""
+    if not nvidia_driver():
+        return "no NVIDIA driver here"
+    try:
+        with _open_plan(plan, signature):
+            return ""
+    except ImportError as error:
+        return f"torch, which holds the engine's buffers, cannot be imported ({error})"
+    except DeployError as error:
+        return "; ".join([error.message, *error.detail])
 
 
 def size_ranges(request: Request, options: tables.TensorRtBuild) -> dict[str, tables.SizeRange]:
-    """Smallest, first and largest size of every free dimension in the calibration feeds, or what the profile says."""
+    """Sizes of every free dimension that the engine takes.
+
+    Smallest and largest of the calibration feeds and the parity cases, tuned for the first case, or what the profile
+    says. Raises UsageProblem for a profile that leaves a parity case outside: parity would pass on the graph at a size
+    that the engine refuses.
+    """
     unknown = [name for name in options.profile if name not in request.signature.free]
     if unknown:
         raise UsageProblem("DT202", f"build.profile must name free dimensions (got {', '.join(unknown)})",
                            detail=[nearest(name, request.signature.free) for name in unknown])  # fmt: skip
-    seen: dict[str, list[int]] = {name: [] for name in request.signature.free}
-    for feeds in request.calibration():
-        for name, size in request.signature.bind(feeds).items():
-            seen[name].append(size)
-    if not all(seen.values()):
-        raise InputRefused("DT303", "free dimensions must have sizes in at least one sample (got no samples)")
-    return {name: options.profile.get(name) or tables.SizeRange(min=min(sizes), opt=sizes[0], max=max(sizes))
-            for name, sizes in seen.items()}  # fmt: skip
+    tested = _sizes(request.signature, request.cases())
+    seen = _sizes(request.signature, request.calibration())
+    if not all(tested.values()):
+        raise InputRefused("DT303", "free dimensions must have sizes in at least one case (got no cases)")
+    _check_profile(options.profile, tested)
+    return {name: options.profile.get(name)
+            or tables.SizeRange(min=min(sizes + seen[name]), opt=sizes[0], max=max(sizes + seen[name]))
+            for name, sizes in tested.items()}  # fmt: skip
+
+
+def _sizes(signature: Signature, many: Iterable[Outputs]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {name: [] for name in signature.free}
+    for feeds in many if found else ():
+        for name, size in signature.bind(feeds).items():
+            found[name].append(size)
+    return found
+
+
+def _check_profile(profile: Mapping[str, tables.SizeRange], tested: Mapping[str, list[int]]) -> None:
+    outside = [
+        f"{name}: {wanted.min} to {wanted.max} leaves out {', '.join(map(str, sorted(left_out)))}"
+        for name, wanted in profile.items()
+        if (left_out := {size for size in tested[name] if not wanted.min <= size <= wanted.max})
+    ]
+    if outside:
+        raise UsageProblem("DT202", "build.profile must hold the sizes of every case that parity is taken on "
+                                    f"(got {'; '.join(outside)})",
+                           fix="widen these ranges, or give samples of the sizes that the engine is for")  # fmt: skip
 
 
 def compile_engine(graph: Path, signature: Signature, ranges: dict[str, tables.SizeRange], target: Target) -> bytes:

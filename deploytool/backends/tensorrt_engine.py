@@ -5,29 +5,36 @@ It needs an NVIDIA GPU and a torch with CUDA: its parity is taken where there is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from deploytool.artifact import Artifact
 from deploytool.backends.engine import EngineRunner
 from deploytool.errors import BackendFailed, EnvironmentLacking, InputRefused
-from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 
+_REBUILD = "build it again on this machine, by the command in the artifact's settings"
 
-def open_engine(trt: Any, log: Any, artifact: Artifact) -> Runner:
-    """Deserialize the engine; raises EnvironmentLacking without a GPU that torch can use."""
-    if not torch.cuda.is_available():
+
+def open_engine(trt: Any, log: Any, plan: bytes, signature: Signature) -> CudaRunner:
+    """Load a serialized engine for running here.
+
+    Raises EnvironmentLacking without a GPU that torch can use, BackendFailed where TensorRT refuses the engine (it is
+    for another GPU or version).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a driver that it cannot use: the answer says as much
+        usable = torch.cuda.is_available()
+    if not usable:
         raise EnvironmentLacking("DT402", "the engine must run on an NVIDIA GPU that torch can use (got none)",
                                  fix="install a torch with CUDA on a machine with an NVIDIA driver")  # fmt: skip
-    engine = trt.Runtime(log).deserialize_cuda_engine(artifact.main_file.read_bytes())
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
-        raise BackendFailed("DT504", f"TensorRT must load {artifact.entry} (it did not)", detail=log.lines[-5:],
-                            fix=f"build it again here: {artifact.settings.get('rebuild')}")  # fmt: skip
-    return CudaRunner(engine, artifact.signature, log)
+        raise BackendFailed("DT504", "TensorRT must load the engine (it did not)", detail=log.lines[-5:], fix=_REBUILD)
+    return CudaRunner(engine, signature, log)
 
 
 class CudaRunner(EngineRunner):
@@ -37,7 +44,13 @@ class CudaRunner(EngineRunner):
         super().__init__(signature)
         self.engine, self.log = engine, log
         self.context = engine.create_execution_context()
-        self.stream = torch.cuda.Stream()
+        if self.context is None:
+            raise BackendFailed("DT504", "TensorRT must make a context of the engine (it did not)",
+                                detail=log.lines[-5:], fix=_REBUILD)  # fmt: skip
+        try:
+            self.stream = torch.cuda.Stream()
+        except RuntimeError as error:
+            raise BackendFailed("DT504", f"torch must be able to use the GPU (got: {str(error)[:300]})") from error
 
     def infer(self, feeds: Feeds) -> Sequence[np.ndarray]:
         """Copy in, run, copy out; raises InputRefused for sizes outside the engine's profile."""

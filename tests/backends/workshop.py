@@ -67,6 +67,7 @@ class Workshop:
             source=source,
             portable=self.portable(name) if find_backend(target.backend).accepts == "onnx" else None,
             calibration=lambda: self.feeds(name),
+            cases=lambda: self.feeds(name),
             out=out,
         )
 

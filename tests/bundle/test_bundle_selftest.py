@@ -189,6 +189,22 @@ def test_engine_for_other_hardware_is_tested_by_its_graph(tmp_path: Path) -> Non
     assert variant["status"] == "passed" and "graph" in variant["reason"]
 
 
+def test_executed_tensorrt_engine_is_tested_by_its_graph(tmp_path: Path) -> None:
+    """The graph beside an engine that ran on a GPU is tested on any machine; it is said that the engine is not."""
+    artifact = make(tmp_path / "a", "trt", "nvidia", format="tensorrt", backend="tensorrt",
+                    settings={"threads": 1, "engine": "model.engine", "graph": "model.onnx"})  # fmt: skip
+    (artifact.folder / "model.engine").write_bytes(b"a plan")
+    save_again(artifact, "model.engine")
+    pack([type(artifact).load(artifact.folder)], tmp_path / "b", name="t", version="1")
+    code, said = run(tmp_path / "b")
+    assert code == 0 and "NOT THE ENGINE" in said, said
+    case = tmp_path / "b/variants/trt/golden/001.npz"
+    old = Case.load(case)
+    Case(old.inputs, old.reference, {**old.outputs, "logits": -old.outputs["logits"]}).save(case)
+    redo_all(tmp_path / "b")
+    assert run(tmp_path / "b")[0] == 1
+
+
 def test_foreign_script_runs_only_when_trusted(bundle: Path) -> None:
     """A bundle's own script is code: another one than ours runs only when asked for."""
     script = bundle / "selftest.py"
