@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deploytool.errors import EnvironmentLacking, UsageProblem
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and stdio.h
 
 
 def sha256_file(path: Path) -> str:
@@ -72,18 +75,30 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise unless `path` is free, an empty folder, or may be overwritten."""
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+def refuse_existing(path: Path, overwrite: bool, marker: str | None = None) -> None:
+    """Raise unless `path` is free, an empty folder, or may be overwritten.
+
+    `marker` is the file that every output of the kind holds: what lies at `path` without it is somebody else's, and
+    stays even when overwriting is asked for.
+    """
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
-    raise UsageProblem("DT203", f"the output must not exist yet (got {path})",
-                       fix="choose another -o, or add --overwrite")  # fmt: skip
+    if not overwrite:
+        raise UsageProblem("DT203", f"the output must not exist yet (got {path})",
+                           fix="choose another -o, or add --overwrite")  # fmt: skip
+    if marker is not None and not (path / marker).is_file():
+        what = f"a folder without {marker}" if path.is_dir() else "which is no folder"
+        raise UsageProblem("DT203", f"only an earlier output of this command is overwritten (got {path}, {what})",
+                           fix="choose another -o, or remove it yourself")  # fmt: skip
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `path` when the block ends well, and vanishes when it does not."""
-    refuse_existing(path, overwrite)
+def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    What may be replaced is what `refuse_existing` lets pass.
+    """
+    refuse_existing(path, overwrite, marker)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
@@ -96,16 +111,52 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def settle(new: Path, path: Path) -> None:
-    """Move a finished folder to its place on the same file system, replacing what is there in one step."""
+    """Move a finished folder to its place on the same file system; what was there is replaced and removed.
+
+    Where the system can exchange two names (Linux), there is no moment without a folder at `path`. Elsewhere there is
+    a short one, and the old folder comes back when the new one cannot take its place.
+    """
     _sync_tree(new)
-    if path.exists():
-        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
-        os.replace(path, aside / "old")
+    if not os.path.lexists(path):
         os.replace(new, path)
-        shutil.rmtree(aside, ignore_errors=True)
+    elif _exchanged(new, path):
+        _remove(new)
     else:
-        os.replace(new, path)
+        _replace_by_turns(new, path)
     _sync_folder(path.parent)
+
+
+def _replace_by_turns(new: Path, path: Path) -> None:
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
+    os.replace(path, aside / "old")
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(aside / "old", path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step by renameat2(2); False where the C library or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def _sync_tree(folder: Path) -> None:

@@ -35,10 +35,10 @@ def verify_bundle(path: Path) -> Manifest:
 
 def unpack(path: Path, out: Path, *, overwrite: bool = False) -> Manifest:
     """Check a bundle, then write its files to the folder `out`, which appears whole or not at all."""
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, MANIFEST)
     with open_store(path) as store:
         manifest = verify_store(store)
-        with new_folder(out, overwrite=overwrite) as folder:
+        with new_folder(out, overwrite=overwrite, marker=MANIFEST) as folder:
             for name in store.sizes:
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)

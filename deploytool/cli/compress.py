@@ -31,14 +31,14 @@ def command(
     """Run the recipe's steps on MODEL; the output folder is a MODEL again."""
     from deploytool import worker
     from deploytool.compress.recipe import find_recipe, load_recipe
-    from deploytool.load.resolve import resolve
+    from deploytool.load.resolve import COMPRESSED, resolve
     from deploytool.storage import refuse_existing
 
     say = options.say(quiet)
     path = find_recipe(recipe)
     steps = load_recipe(path)
     ref = resolve(model or steps.model or options.model_or_default(None, say))
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, COMPRESSED)
     plan = {"model": asdict(ref), "recipe": str(path), "steps": steps.plan(), "output": str(output), "seed": seed}
     say(f"plan: {json.dumps(plan)}")
     if dry_run:

@@ -19,6 +19,7 @@ from deploytool.compress.step import Context, Progress
 from deploytool.errors import CheckFailed, InputRefused, UsageProblem
 from deploytool.load.compressed import save_compressed
 from deploytool.load.model import open_source
+from deploytool.load.resolve import COMPRESSED
 from deploytool.source import ModelRef, Source
 from deploytool.storage import refuse_existing
 
@@ -75,7 +76,7 @@ def compress_job(
 
     Raises CheckFailed, and writes nothing, when a metric drops by more than the recipe's [quality] allows.
     """
-    refuse_existing(Path(out), overwrite)
+    refuse_existing(Path(out), overwrite, COMPRESSED)
     recipe = load_recipe(Path(recipe_path))
     source = open_source(ModelRef(**ref))
     original = source if source.original is None else open_source(source.original)

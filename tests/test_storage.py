@@ -1,0 +1,103 @@
+"""Outputs appear whole or not at all, and take the place of nothing but earlier outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploytool import storage
+from deploytool.errors import UsageProblem
+from deploytool.storage import new_folder, refuse_existing, settle
+
+MARKER = "ours.json"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """An earlier output."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).write_text("old")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Path:
+    """A finished folder that is to take its place."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / MARKER).write_text("new")
+    return tmp_path / "new"
+
+
+@pytest.fixture(params=["exchanged", "by turns"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the system's exchange of two names, and as on a system without."""
+    if request.param == "by turns":
+        monkeypatch.setattr(storage, "_exchanged", lambda one, other: False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
+def test_the_new_takes_the_place_of_the_old(old: Path, new: Path) -> None:
+    """After settling only the new content is there, and nothing else is left beside it."""
+    settle(new, old)
+    assert (old / MARKER).read_text() == "new"
+    assert [p.name for p in old.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("way")
+def test_a_link_is_replaced_and_its_end_stays(old: Path, new: Path, tmp_path: Path) -> None:
+    """Where the place is a symbolic link, the link goes and the folder that it leads to is untouched."""
+    (tmp_path / "link").symlink_to(old)
+    settle(new, tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link" / MARKER).read_text() == "new"
+    assert (old / MARKER).read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_a_failure_between_two_renames_brings_the_old_back(
+    old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the second rename fails, the old content is at its place again and the error is told."""
+    monkeypatch.setattr(storage, "_exchanged", lambda one, other: False)
+    rename = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(source) == new:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        settle(new, old)
+    assert (old / MARKER).read_text() == "old"
+    assert sorted(p.name for p in old.parent.iterdir()) == ["new", "out"]
+
+
+def test_a_failed_exchange_leaves_the_old(old: Path, tmp_path: Path) -> None:
+    """An exchange that the system refuses is an error, not a silent success, and the old content stays."""
+    with pytest.raises(FileNotFoundError):
+        storage._exchanged(tmp_path / "nowhere", old)
+    assert (old / MARKER).read_text() == "old"
+
+
+def test_nothing_foreign_is_overwritten(old: Path, tmp_path: Path) -> None:
+    """An earlier output is replaced when asked for; a folder without its marker, or a file, stays even then."""
+    with pytest.raises(UsageProblem, match="must not exist"), new_folder(old, marker=MARKER):
+        pass
+    (tmp_path / "mine").mkdir()
+    with new_folder(tmp_path / "mine", marker=MARKER) as folder:  # an empty folder is nobody's
+        (folder / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for foreign in (tmp_path / "mine", tmp_path / "file"):
+        with pytest.raises(UsageProblem, match="earlier output") as caught, \
+                new_folder(foreign, overwrite=True, marker=MARKER):  # fmt: skip
+            pass
+        assert caught.value.code == "DT203"
+    assert (tmp_path / "mine" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    with new_folder(old, overwrite=True, marker=MARKER) as folder:
+        (folder / MARKER).write_text("newer")
+    assert (old / MARKER).read_text() == "newer"
+    refuse_existing(tmp_path / "mine", overwrite=True)
