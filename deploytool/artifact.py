@@ -17,7 +17,7 @@ from deploytool.storage import read_json, sha256_file, write_json
 SCHEMA_VERSION = "1.0"
 MANIFEST = "artifact.json"
 REPORT = "report.json"
-GOLDEN = "golden"  # folder of recorded cases; see verify/golden.py
+GOLDEN = "golden"  # folder of recorded cases, as `cases.py` writes them
 
 _NONE: Mapping[str, Any] = {}
 
@@ -52,7 +52,8 @@ class Artifact:
     executes    False when the engine was built for hardware that is not here; then `entry` is the graph that the
                 compiler was given, and that is what runs when the artifact is opened
     target      the profile it was built for, as data
-    model       what the user named, and the fingerprint of what that was: {"name", "ref", "fingerprint"}
+    model       what the user named, and the fingerprint of what that was: {"name", "ref", "fingerprint"}; a bundle
+                leaves "ref" out, which is a place on the machine that built it
     settings    what `open` needs to know (threads, options)
     """
 

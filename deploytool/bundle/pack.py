@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from deploytool.errors import CheckFailed, InputRefused, IntegrityBroken, UsageP
 from deploytool.storage import new_file, new_folder, read_json, refuse_existing, sha256_file
 
 Content = Path | bytes
+SOURCE = "source"  # the format of an artifact that is no engine: it names the model and loads it again
 TEMPLATE = Path(__file__).with_name("selftest.py")
 
 _CHUNK = 1 << 20
@@ -51,18 +53,19 @@ def pack(
     """Write a bundle of one model's artifacts to `out` and return its manifest; equal inputs give equal bytes.
 
     An artifact is taken only when its files are unchanged, golden cases lie in it, and its own report says that it
-    passed. The bundle is verified before it gets its name. Raises IntegrityBroken, CheckFailed, InputRefused or
-    UsageProblem (the output exists and is no bundle, or may not be overwritten).
+    passed. Its `artifact.json` is packed without the place where the model lay, and `report.json` with the digest of
+    what was packed. The bundle is verified before it gets its name. Raises IntegrityBroken, CheckFailed, InputRefused
+    or UsageProblem (the output exists and is no bundle, or may not be overwritten).
     """
     _check_labels(name, version)
-    _refuse_foreign(out, overwrite)
+    refuse_existing(out, overwrite, MANIFEST if kind == "dir" or out.is_dir() else None)
     contents = _contents(variants)
     manifest = _manifest(variants, contents, name, version)
     contents[MANIFEST] = manifest.to_bytes()
     contents[SUMS] = write_sums({**{f.path: f.sha256 for f in manifest.files}, MANIFEST: _sha256(contents[MANIFEST])})
     check_names(contents, str(out))
     if kind == "dir":
-        with new_folder(out, overwrite=overwrite) as folder:
+        with new_folder(out, overwrite=overwrite, marker=MANIFEST) as folder:
             _write_folder(folder, contents)
             return verify_bundle(folder)
     with new_file(out) as file:
@@ -76,14 +79,6 @@ def _check_labels(name: str, version: str) -> None:
         if not re.fullmatch(LABEL, text):
             raise UsageProblem("DT201", f"a bundle's {what} must be 1 to 64 letters, digits, dots, dashes or "
                                         f"underscores (got {text!r})")  # fmt: skip
-
-
-def _refuse_foreign(out: Path, overwrite: bool) -> None:
-    """Overwriting is for bundles: a folder that holds something else stays."""
-    refuse_existing(out, overwrite)
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise UsageProblem("DT203", f"only a bundle is overwritten (got {out}, a folder without {MANIFEST})",
-                           fix="choose another -o")  # fmt: skip
 
 
 def _contents(variants: Sequence[Artifact]) -> dict[str, Content]:
@@ -100,13 +95,32 @@ def _contents(variants: Sequence[Artifact]) -> dict[str, Content]:
         prefix = f"{VARIANTS}/{target}"
         if f"{prefix}/{artifacts.MANIFEST}" in contents:
             raise UsageProblem("DT201", f"a bundle must hold one artifact per target (got two for {target!r})")
-        names = [f.path for f in artifact.files] + [artifacts.MANIFEST, artifacts.REPORT]
-        contents.update({f"{prefix}/{name}": artifact.folder / name for name in names})
+        contents.update({f"{prefix}/{f.path}": artifact.folder / f.path for f in artifact.files})
+        contents.update({f"{prefix}/{name}": text for name, text in _papers(artifact).items()})
     return contents
 
 
+def _papers(artifact: Artifact) -> dict[str, bytes]:
+    """The artifact's manifest without the place where its model lay, and its report, which names the new manifest."""
+    manifest = {**read_json(artifact.folder / artifacts.MANIFEST), "model": _model(artifact)}
+    text = _json(manifest)
+    report = {**read_json(artifact.folder / artifacts.REPORT), "artifact_digest": _sha256(text)}
+    return {artifacts.MANIFEST: text, artifacts.REPORT: _json(report)}
+
+
+def _json(data: Any) -> bytes:
+    try:
+        return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise InputRefused("DT309", f"what an export wrote must be JSON (got: {error})",
+                           fix="export it again") from error  # fmt: skip
+
+
 def _check_fit(artifact: Artifact) -> None:
-    """Only what was proved is packed."""
+    """Only what was proved is packed, and only what runs where its source is not."""
+    if artifact.format == SOURCE:
+        raise InputRefused("DT311", f"a bundle must hold engines (got {artifact.folder}, which only says where its "
+                                    f"model lay)", fix="pack another target's artifact")  # fmt: skip
     artifact.check()
     report = artifact.folder / artifacts.REPORT
     if not report.is_file():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from deploytool.artifact import Artifact
 from deploytool.cli import options
 
 
@@ -28,7 +29,7 @@ def command(
     from deploytool.bundle.pack import pack
 
     with ExitStack() as stack:
-        variants = [a for path in artifacts for a in stack.enter_context(opened(path)).values()]
+        variants = [a for path in artifacts for a in _packable(path, stack.enter_context(opened(path)))]
         form = kind or ("tar" if output.suffix == ".tar" else "dir")
         manifest = pack(variants, output, name=name or str(variants[0].model["name"]), version=version,
                         kind="tar" if form == "tar" else "dir", overwrite=overwrite)  # fmt: skip
@@ -39,3 +40,16 @@ def command(
     click.echo(f"{output}: {manifest.name} {manifest.version}, {len(manifest.variants)} variants, "
                f"{len(manifest.files)} files")  # fmt: skip
     click.echo(f"next: deploytool bundle selftest {output}")
+
+
+def _packable(path: Path, found: dict[str, Artifact]) -> list[Artifact]:
+    """Of an export's whole output what can be packed, the rest being said; an artifact that was named is taken."""
+    from deploytool.bundle.pack import SOURCE
+
+    engines = [artifact for artifact in found.values() if artifact.format != SOURCE]
+    if len(found) == 1 or not engines:
+        return list(found.values())
+    for name, artifact in found.items():
+        if artifact.format == SOURCE:
+            click.echo(f"{path}: {name} is left out: it holds no engine, only where its model lay", err=True)
+    return engines

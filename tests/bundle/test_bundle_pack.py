@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -19,7 +20,9 @@ from deploytool.bundle.contents import opened
 from deploytool.bundle.manifest import read_manifest
 from deploytool.bundle.pack import pack
 from deploytool.bundle.verify import unpack, verify_bundle
+from deploytool.cli.main import run
 from deploytool.errors import CheckFailed, InputRefused, IntegrityBroken, UsageProblem
+from deploytool.gate.evidence import read_report
 
 
 def test_folder_can_be_checked_by_sha256sum(tmp_path: Path) -> None:
@@ -44,6 +47,38 @@ def test_manifest_says_what_a_device_must_know(tmp_path: Path) -> None:
         "selftest.py": "selftest", "000.npz": "golden", "001.npz": "golden", "002.npz": "golden"}  # fmt: skip
     assert str(tmp_path).encode() not in text
     assert manifest.created is None
+
+
+@pytest.mark.parametrize("kind", ["dir", "tar"])
+def test_no_place_on_the_building_machine_is_packed(kind: Literal["dir", "tar"], tmp_path: Path) -> None:
+    """No file of a bundle holds the model's path; the packed report fits the packed manifest; so again."""
+    place = {"kind": "python", "name": "tiny", "path": str(tmp_path / "tiny.py")}
+    artifact = make(tmp_path / "a", model={"name": "tiny", "ref": place, "fingerprint": "f" * 64})
+    pack([artifact], tmp_path / "b", name="tiny", version="1", kind=kind)
+    texts = {p: p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()} if kind == "dir" else {
+        tmp_path / "b": (tmp_path / "b").read_bytes()}  # fmt: skip
+    assert [path for path, text in texts.items() if str(tmp_path).encode() in text] == []
+    with opened(tmp_path / "b") as found:
+        packed = found["ort"]
+        assert packed.model == {"name": "tiny", "fingerprint": "f" * 64} and packed.files == artifact.files
+        report, wrong = read_report(packed)
+        assert wrong == "" and report is not None and report["status"] == "ok"
+        pack([packed], tmp_path / "c", name="tiny", version="1", kind=kind)
+    assert verify_bundle(tmp_path / "b") == verify_bundle(tmp_path / "c")
+    assert artifact.model["ref"] == place and Artifact.load(artifact.folder) == artifact
+
+
+def test_an_artifact_without_an_engine_is_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What only names its source is refused; in an export's whole output it is left out, which is said."""
+    make(tmp_path / "out" / "ort")
+    source = make(tmp_path / "out" / "eager", "eager", format="source")
+    with pytest.raises(InputRefused, match="must hold engines"):
+        pack([source], tmp_path / "b", name="tiny", version="1")
+    assert run(["package", str(source.folder), "-o", str(tmp_path / "b")]) == 3
+    capsys.readouterr()
+    assert run(["package", str(tmp_path / "out"), "-o", str(tmp_path / "b")]) == 0
+    assert "eager is left out" in capsys.readouterr().err
+    assert [v.target for v in verify_bundle(tmp_path / "b").variants] == ["ort"]
 
 
 def test_tar_bytes_depend_on_content_only(tmp_path: Path) -> None:
@@ -125,6 +160,10 @@ def test_only_what_was_proved_is_packed(tmp_path: Path) -> None:
     (artifact.folder / "report.json").unlink()
     with pytest.raises(InputRefused, match=r"report\.json"):
         attempt(artifact)
+    write_report(artifact)
+    (artifact.folder / "report.json").write_text((artifact.folder / "report.json").read_text()[:-1] + ', "x": NaN}')
+    with pytest.raises(InputRefused, match="must be JSON"):
+        attempt(artifact)
     artifact = make(tmp_path / "bare")
     shutil.rmtree(artifact.folder / "golden")
     artifact = artifact.save()
@@ -155,7 +194,7 @@ def test_nothing_but_a_bundle_is_overwritten(tmp_path: Path) -> None:
             pack([artifact], out, name="tiny", version="2", kind=kind)  # type: ignore[arg-type]
         pack([artifact], out, name="tiny", version="2", kind=kind, overwrite=True)  # type: ignore[arg-type]
         assert verify_bundle(out).version == "2"
-    with pytest.raises(UsageProblem, match="only a bundle"):
+    with pytest.raises(UsageProblem, match="earlier output"):
         pack([artifact], tmp_path / "a", name="tiny", version="1", overwrite=True)
 
 
