@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,23 +38,29 @@ _KEEP_ABANDONED_SECONDS = 86_400.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder (see lower/prepare.py), its fingerprint, and whether it was found or made now."""
+    """A prepared folder (see lower/prepare.py), and whether it was found or made now.
+
+    fingerprint   a digest of the model and all files that it was read from: what was prepared, not how
+    notes         what has to be said of how it was prepared
+    """
 
     folder: Path
     fingerprint: str
     cached: bool
     seconds: float
     info: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
     ref: ModelRef, *, exporter: str | None = "auto", seed: int = 0, limits: worker.Limits = worker.NO_LIMITS,
-    use: bool = True,
+    use: bool = True, meanwhile: Callable[[], object] = lambda: None,
 ) -> Prepared:  # fmt: skip
     """The prepared folder of a model: from the cache when nothing changed, else made in a worker.
 
-    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. Raises what
-    the worker raises; EnvironmentLacking when another process holds the lock for half an hour.
+    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. `meanwhile` is
+    called just before it is made. Raises what the worker raises; EnvironmentLacking when another process holds the
+    lock for half an hour.
     """
     started = time.perf_counter()
     options = {"exporter": exporter, "seed": seed}
@@ -64,12 +70,15 @@ def prepare(
     try:
         with FileLock(index.with_suffix(".lock"), timeout=_LOCK_SECONDS):
             found = _find(root, index, ref, options) if use else None
+            if found is None:
+                meanwhile()
             folder = found or _make(root, index, ref, options, limits)
     except Timeout as error:
         raise EnvironmentLacking("DT404", f"the cache entry of {ref.name!r} must be free (another process holds it)",
                                  fix=f"wait for it; the lock is {index.with_suffix('.lock')}") from error  # fmt: skip
     info = read_json(folder / "prepared.json")
-    return Prepared(folder, folder.name, found is not None, time.perf_counter() - started, info)
+    fingerprint = str(read_json(index)["fingerprint"])
+    return Prepared(folder, fingerprint, found is not None, time.perf_counter() - started, info)
 
 
 def _find(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any]) -> Path | None:
@@ -88,7 +97,7 @@ def _read_index(index: Path) -> dict[str, Any] | None:
     try:
         entry = read_json(index)
         return {"dependencies": list(entry["dependencies"]), "folder": str(entry["folder"]),
-                "files": dict(entry["files"])}  # fmt: skip
+                "files": dict(entry["files"]), "fingerprint": str(entry["fingerprint"])}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -114,7 +123,8 @@ def _make(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], li
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _drop_superseded(index, folder)
-    write_json(index, {"dependencies": info["dependencies"], "folder": folder.name, "files": files})
+    write_json(index, {"dependencies": info["dependencies"], "folder": folder.name, "files": files,
+                       "fingerprint": _fingerprint(ref, info["dependencies"])})  # fmt: skip
     return folder
 
 
@@ -136,8 +146,12 @@ def _drop_superseded(index: Path, folder: Path) -> None:
 
 
 def _key(ref: ModelRef, options: Mapping[str, Any], dependencies: Sequence[str]) -> str:
+    return _digest([_fingerprint(ref, dependencies), dict(options), _versions(), _code()])[:32]
+
+
+def _fingerprint(ref: ModelRef, dependencies: Sequence[str]) -> str:
     files = [[path, sha256_file(Path(path)) if Path(path).is_file() else None] for path in sorted(dependencies)]
-    return _digest([asdict(ref), dict(options), _versions(), _code(), files])[:32]
+    return _digest([asdict(ref), files])[:32]
 
 
 def _versions() -> dict[str, str | None]:

@@ -12,7 +12,6 @@ import transformers
 from torch import Tensor, nn
 
 from deploytool.errors import DeployError, EnvironmentLacking, InputRefused
-from deploytool.load.causal_lm import CausalLM, causal_inputs, causal_samples
 from deploytool.load.flat import FlatModule
 from deploytool.load.infer import Declared, infer_signature, refuse_non_finite
 from deploytool.load.optimum_task import task_by_optimum
@@ -118,9 +117,11 @@ def _encoder(model: Any, folder: Path) -> tuple[nn.Module, list[dict[str, Tensor
 
 
 def _causal(model: Any, folder: Path) -> tuple[nn.Module, list[dict[str, Tensor]], Declared]:
-    module = CausalLM(model)
+    from deploytool.load import causal_lm  # it brings generation code, seconds of imports, which an encoder lacks
+
+    module = causal_lm.CausalLM(model)
     module.eval()
-    return module, causal_samples(module, _tokenize(model, folder)), causal_inputs(model.config)
+    return module, causal_lm.causal_samples(module, _tokenize(model, folder)), causal_lm.causal_inputs(model.config)
 
 
 def _image(model: Any, folder: Path) -> tuple[nn.Module, list[dict[str, Tensor]], Declared]:

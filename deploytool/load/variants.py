@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from deploytool.errors import InputRefused
 from deploytool.signature import Outputs, Signature
 
 WANTED_SHAPES = 3
@@ -15,14 +16,24 @@ _JOINED = (2, 3)
 def parity_feeds(signature: Signature, samples: Iterable[Mapping[str, np.ndarray]]) -> list[Outputs]:
     """Feeds for parity: every sample, then derived ones until a free dimension is seen at three sizes.
 
-    Derived feeds are real data too: samples joined along "batch", or a dimension of their own cut to a half and a
-    quarter. A dimension is cut only where it alone is free (a mask's total length follows two others).
+    Derived feeds are real data too: samples joined along a dimension that is always first, or a dimension of their
+    own cut to a half and a quarter. A dimension is cut only where it alone is free (a mask's total length follows two
+    others). Raises InputRefused when fewer than three shapes come of it.
     """
     feeds = [dict(sample) for sample in samples]
     for dim in signature.free:
         if len({sizes[dim] for sizes in map(signature.bind, feeds)}) < WANTED_SHAPES:
-            feeds += _joined(signature, feeds, dim) if dim == "batch" else _cut(signature, feeds, dim)
+            feeds += _joined(signature, feeds, dim) if _is_batch(signature, dim) else _cut(signature, feeds, dim)
+    if signature.free and shapes(signature, feeds) < WANTED_SHAPES:
+        raise InputRefused("DT303", f"the samples must have {WANTED_SHAPES} different shapes, since "
+                           f"{', '.join(map(repr, signature.free))} may differ (got {shapes(signature, feeds)})",
+                           fix="give samples of more sizes, or fix the dimension in INPUTS")  # fmt: skip
     return feeds
+
+
+def _is_batch(signature: Signature, dim: str) -> bool:
+    """Whether real samples can be joined along it: it is the first axis wherever it stands."""
+    return all(dim not in spec.shape[1:] for spec in signature.inputs)
 
 
 def shapes(signature: Signature, feeds: Sequence[Outputs]) -> int:

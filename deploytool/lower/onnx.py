@@ -52,6 +52,7 @@ def lower_onnx(
         save(model, out)
     return Artifact(
         folder=out, backend="onnxruntime", format="onnx", entry=ENTRY, precision="fp32", signature=source.signature,
+        settings={"threads": 0, "optimization": "all"},  # as the plain ONNX Runtime target opens it
         history=(Step("lower", settings, versions(_PACKAGES), time.perf_counter() - started),),
     ).save()  # fmt: skip
 

@@ -28,6 +28,7 @@ from deploytool.cases import Case
 from deploytool.errors import InputRefused
 from deploytool.load.infer import refused_size
 from deploytool.load.model import open_source
+from deploytool.load.track import tracking
 from deploytool.load.variants import parity_feeds, shapes
 from deploytool.lower.onnx import Exporter, lower_onnx
 from deploytool.signature import Outputs
@@ -51,7 +52,8 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     _record_cases(source, feeds, folder / "cases")
     if source.original is not None:
         _record_cases(_open_original(source, source.original), feeds, folder / "original")
-    _record_calibration(source, folder / "calibration")
+    with tracking() as opened:  # train_batches() may read files of its own
+        _record_calibration(source, folder / "calibration")
     recorded = time.perf_counter()
     portable = lower_onnx(source, folder / "onnx", exporter=exporter) if exporter else None
     _copy_assets(source.assets, folder / "assets")
@@ -70,7 +72,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     }  # fmt: skip
     write_json(folder / "signature.json", source.signature.to_json())
     write_json(folder / "prepared.json", prepared)
-    return {**prepared, "dependencies": [str(p) for p in source.dependencies]}
+    return {**prepared, "dependencies": sorted({str(p) for p in (*source.dependencies, *opened)})}
 
 
 def _record_cases(source: Source, feeds: Sequence[Outputs], folder: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
+from deploytool.backends.base import find_backend
 from deploytool.bench.compare import compare
 from deploytool.bench.statistics import MIN_BLOCKS
 from deploytool.bundle.contents import opened
@@ -37,7 +38,7 @@ def verify_again(path: Path, model: str | None, options: Options, say: Say) -> d
     """
     results = []
     with opened(path) as artifacts, tempfile.TemporaryDirectory(prefix="deploytool-") as work:
-        references: dict[ModelRef, Reference] = {}
+        references: dict[tuple[ModelRef, bool], Reference] = {}
         for name, artifact in artifacts.items():
             artifact.check()
             say(f"{name}: verifying")
@@ -45,23 +46,32 @@ def verify_again(path: Path, model: str | None, options: Options, say: Say) -> d
             if ref is None:
                 results.append(_verify_golden(name, artifact, options))
                 continue
-            if ref not in references:
+            key = (ref, _from_graph(artifact))
+            if key not in references:
                 folder = Path(tempfile.mkdtemp(dir=work))
-                references[ref] = Reference(ref, prepared_and_checked(ref, options), folder, options.limits,
-                                            options.seed)  # fmt: skip
-            results.append(_verify_with(name, artifact, references[ref], options))
+                prepared = prepared_and_checked(ref, options, key[1])
+                references[key] = Reference(ref, prepared, folder, options.limits, options.seed)
+            results.append(_verify_with(name, artifact, references[key], options))
     return {"schema_version": SCHEMA_VERSION, "path": str(path), "targets": results}
 
 
 def _model_of(artifact: Artifact, model: str | None) -> ModelRef | None:
     if model is not None:
         return resolve(model)
+    if "ref" not in artifact.model:  # a bundle does not say where its model lay
+        return None
     try:
         named = ModelRef(**artifact.model["ref"])
     except (KeyError, TypeError) as error:
         raise InputRefused("DT309", f"the manifest of {artifact.folder} must name its model (got {error!r})",
                            fix="name it with --model, or export it again") from error  # fmt: skip
-    return named if Path(named.path).exists() else None
+    remote = named.kind == "huggingface" and not Path(named.path).is_absolute()
+    return named if remote or Path(named.path).exists() else None
+
+
+def _from_graph(artifact: Artifact) -> bool:
+    """Whether it was built from the ONNX graph: where not, the model need not have one."""
+    return find_backend(artifact.backend).accepts == "onnx"
 
 
 def _limits(artifact: Artifact) -> Target:
@@ -87,7 +97,7 @@ def _verify_with(name: str, artifact: Artifact, reference: Reference, options: O
         raise InputRefused("DT308", f"the artifact must take what the model {reference.ref.name!r} takes",
                            detail=[f"model:    {expected}", f"artifact: {artifact.signature}"],
                            fix="name the model that it was exported from with --model")  # fmt: skip
-    parity = reference.parity(artifact)
+    parity = reference.verify(artifact)
     quality, generation = reference.quality_of(artifact, options.quality)
     wrong = judge_parity(parity, limits) + judge_quality(quality, generation, limits)
     changed = artifact.model["fingerprint"] != reference.prepared.fingerprint
@@ -153,7 +163,8 @@ def _eager_of(artifact: Artifact, options: Options, stack: ExitStack) -> Artifac
         raise InputRefused("DT301", "the artifact's model must be here to be timed against it",
                            fix="name a second artifact to compare with")  # fmt: skip
     work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploytool-")))
-    return Reference(ref, prepared_and_checked(ref, options), work, options.limits, options.seed).eager()
+    prepared = prepared_and_checked(ref, options, _from_graph(artifact))
+    return Reference(ref, prepared, work, options.limits, options.seed).eager()
 
 
 def replay(artifact: Artifact, cases: Sequence[Case], limits: worker.Limits = worker.NO_LIMITS) -> list[Outputs]:

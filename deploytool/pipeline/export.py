@@ -9,8 +9,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from deploytool.bundle.contents import FAILED
 from deploytool.cache import Prepared, prepare
 from deploytool.errors import DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
-from deploytool.pipeline.reference import Reference
+from deploytool.pipeline.kept import parity_of
+from deploytool.pipeline.reference import GRAPH_MODULES, Reference
 from deploytool.source import ModelRef
-from deploytool.storage import read_json, refuse_existing, settle, sha256_file, write_json
+from deploytool.storage import refuse_existing, settle, sha256_file, write_json
 from deploytool.target import Target, load_target, target_names
 from deploytool.verify.judge import judge_parity, judge_quality
 
@@ -62,11 +63,6 @@ class Plan:
     targets: tuple[Target, ...]
     unavailable: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name -> (reason, fix)
 
-    @property
-    def needs_graph(self) -> bool:
-        """Whether any target, or the plain one that it is compared with, is built from the ONNX graph."""
-        return any(find_backend(target.backend).accepts == "onnx" for target in self.targets)
-
     def to_json(self, options: Options) -> dict[str, Any]:
         return {
             "model": asdict(self.model),
@@ -83,7 +79,7 @@ def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
     """Resolve names, check profiles and this machine; raises before any work is done."""
     ref = resolve(model)
     refuse_existing(options.out, options.overwrite)
-    names = target_names() if ALL in targets else list(dict.fromkeys(targets))
+    names = list(dict.fromkeys(n for t in targets for n in (target_names() if t == ALL else [t])))
     profiles = [load_checked_target(name) for name in names]
     _refuse_same_name(profiles)
     probes = {p.name: find_backend(p.backend).probe(p) for p in profiles}
@@ -109,9 +105,10 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
     with _output(options.out), tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
         if plan.targets:
             say(f"preparing {plan.model.name}")
-            prepared = prepared_and_checked(plan.model, options, plan.needs_graph)
-            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed, options.cache)
-            for target in plan.targets:
+            prepared, targets, failed = _prepare(plan, options, say)
+            results += failed
+            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
+            for target in targets:
                 results.append(_one(target, reference, options, say, results))
     report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),
               "targets": results}  # fmt: skip
@@ -130,7 +127,25 @@ def _output(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool = True) -> Prepared:
+def _prepare(
+    plan: Plan, options: Options, say: Say
+) -> tuple[Prepared, Sequence[Target], list[dict[str, Any]]]:
+    """The prepared model, the targets that it can be built for, and results of those that it cannot.
+
+    A model that has no ONNX graph still goes to the targets that take the module itself.
+    """
+    own = [target for target in plan.targets if find_backend(target.backend).accepts == "source"]
+    try:
+        return prepared_and_checked(plan.model, options, len(own) < len(plan.targets), say), plan.targets, []
+    except InputRefused as error:
+        if error.code != "DT305" or not own:
+            raise
+        say(str(error))
+        failed = [_failed(target, error) for target in plan.targets if target not in own]
+        return prepared_and_checked(plan.model, options, False, say), own, failed
+
+
+def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool, say: Say = lambda line: None) -> Prepared:
     """The prepared model, its ONNX graph shown to be right at every case's shape.
 
     The fast exporter traces; where that bakes a shape in, the graph is lowered again by the other exporter. Where no
@@ -142,29 +157,38 @@ def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool = Tr
     wrong: list[str] = []
     for exporter in exporters:
         try:
-            prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache)
+            prepared, found = _lowered(ref, exporter, options)
         except InputRefused as error:
             if error.code != "DT305" or len(exporters) == 1:
                 raise
             wrong += error.detail
             continue
-        found = _graph_problems(prepared, options)
         if not found:
-            return prepared
+            notes = (f"the graph was made by {exporter}, since the other was wrong: {wrong[0]}",) if wrong else ()
+            for note in notes:
+                say(note)
+            return replace(prepared, notes=notes)
         wrong += [f"{exporter}: {sentence}" for sentence in found[:5]]
     raise InputRefused("DT305", "the ONNX graph must compute what the model does at every shape of the samples",
                        detail=wrong[:10], fix="look for sizes and values that forward() turns into Python "
                        "numbers; or choose targets that take the module itself (torchscript)")  # fmt: skip
 
 
-def _graph_problems(prepared: Prepared, options: Options) -> list[str]:
-    checked = prepared.folder / "onnx-parity.json"
-    if not checked.is_file():
-        write_json(checked, worker.run(
-            f"checking the graph of {prepared.info['name']}", "deploytool.verify.parity:parity_job", options.limits,
-            artifact=str(prepared.folder / "onnx"), cases=str(prepared.folder / "cases"),
-        ))  # fmt: skip
-    return judge_parity(read_json(checked), load_target("ort").parity)
+def _lowered(ref: ModelRef, exporter: str, options: Options) -> tuple[Prepared, list[str]]:
+    """A model lowered by one exporter, and what is wrong with its graph; its checker starts up meanwhile."""
+    with ExitStack() as stack:
+        started: list[worker.Worker] = []
+
+        def checker() -> worker.Worker:
+            if not started:
+                process = worker.untimed(f"checking the graph of {ref.name}", options.limits, modules=GRAPH_MODULES)
+                started.append(stack.enter_context(process))
+            return started[0]
+
+        prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache,
+                           meanwhile=checker)  # fmt: skip
+        graph = Artifact.load(prepared.folder / "onnx", check=False)
+        return prepared, judge_parity(parity_of(prepared, graph, checker)[0], load_target("ort").parity)
 
 
 def _unavailable(name: str, reason: str) -> dict[str, Any]:
@@ -193,9 +217,12 @@ def _one(
         say(str(error))
         for stale in (final, failed_folder(final)):  # of an earlier run: it must not stand for this one
             shutil.rmtree(stale, ignore_errors=True)
-        return {**_NOTHING, "target": target.name, "status": "failed", "reason": error.message,
-                "error": error.to_json()}  # fmt: skip
+        return _failed(target, error)
     return result
+
+
+def _failed(target: Target, error: DeployError) -> dict[str, Any]:
+    return {**_NOTHING, "target": target.name, "status": "failed", "reason": error.message, "error": error.to_json()}
 
 
 def failed_folder(final: Path) -> Path:
@@ -207,11 +234,12 @@ def _stages(
     target: Target, folder: Path, reference: Reference, options: Options, say: Say, done: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     clock = _Clock()
-    say(f"{target.name}: building")
-    artifact = reference.build(target, folder)
-    clock.lap("build")
-    say(f"{target.name}: verifying")
-    parity = reference.parity(artifact, golden=True)
+    with reference.engine(target) as engine:
+        say(f"{target.name}: building")
+        artifact = reference.build(target, folder, engine)
+        clock.lap("build")
+        say(f"{target.name}: verifying")
+        parity = reference.parity(artifact, engine)
     artifact = artifact.save(known=artifact.files)
     compression = reference.compression(artifact)
     wrong = judge_parity(parity, target.parity)
@@ -221,6 +249,8 @@ def _stages(
     findings = [] if artifact.executes else [
         "not executed: the engine was built for hardware that is not here; parity was taken on the very graph that "
         "the compiler was given"]  # fmt: skip
+    if find_backend(target.backend).accepts == "onnx":
+        findings += reference.prepared.notes
     if reference.prepared.info["synthetic"]:
         findings.append("the samples are synthetic: parity on your own data is not shown")
     speed = memory = None

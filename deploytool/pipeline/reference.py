@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,30 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from deploytool import worker
-from deploytool.artifact import GOLDEN, Artifact, versions
+from deploytool.artifact import GOLDEN, Artifact
 from deploytool.backends.base import find_backend
-from deploytool.bench.environment import environment
 from deploytool.cache import Prepared
 from deploytool.cases import case_files
+from deploytool.pipeline.kept import parity_of
 from deploytool.signature import Signature
 from deploytool.source import ModelRef
-from deploytool.storage import new_folder, read_json, write_json
+from deploytool.storage import read_json
 from deploytool.target import Target, load_target
 from deploytool.verify.judge import compare_quality
+
+GRAPH_MODULES = ("deploytool.backends.build", "deploytool.verify.parity", "deploytool.backends.onnxruntime")
 
 
 class Reference:
     """What artifacts of one model are built from and measured against. `work` holds what is dropped afterwards."""
 
-    def __init__(self, ref: ModelRef, prepared: Prepared, work: Path, limits: worker.Limits, seed: int,
-                 use_cache: bool = True):  # fmt: skip
+    def __init__(self, ref: ModelRef, prepared: Prepared, work: Path, limits: worker.Limits, seed: int):
         self.ref = ref
         self.prepared = prepared
         self._work = work
         self._limits = limits
         self._seed = seed
-        self._use_cache = use_cache
         self._made: dict[str, Artifact] = {}
+        self._figures: dict[str, Any] | None = None
 
     @property
     def original(self) -> ModelRef:
@@ -52,14 +51,19 @@ class Reference:
         """Recorded cases; the first is the one that is timed."""
         return case_files(self.prepared.folder / "cases")
 
-    def build(self, target: Target, out: Path) -> Artifact:
-        """Build a target of the model into the empty folder `out`."""
-        return self._build(target, self.ref, out)
+    def engine(self, target: Target) -> worker.Worker:
+        """The process that a target is built and verified in."""
+        accepts = find_backend(target.backend).accepts
+        return worker.untimed(target.name, self._limits, modules=GRAPH_MODULES if accepts == "onnx" else ())
 
-    def _build(self, target: Target, ref: ModelRef, out: Path) -> Artifact:
-        worker.run(f"building {target.name}", "deploytool.backends.build:build_job", self._limits,
-                   target=target.to_json(), prepared=str(self.prepared.folder), ref=asdict(ref),
-                   fingerprint=self.prepared.fingerprint, out=str(out), seed=self._seed)  # fmt: skip
+    def build(self, target: Target, out: Path, engine: worker.Worker) -> Artifact:
+        """Build a target of the model into the empty folder `out`."""
+        return self._build(target, self.ref, out, engine)
+
+    def _build(self, target: Target, ref: ModelRef, out: Path, engine: worker.Worker) -> Artifact:
+        engine.name = f"building {target.name}"
+        engine.call("deploytool.backends.build:build_job", target=target.to_json(), prepared=str(self.prepared.folder),
+                    ref=asdict(ref), fingerprint=self.prepared.fingerprint, out=str(out), seed=self._seed)  # fmt: skip
         return Artifact.load(out, check=False)  # written a moment ago, by us
 
     def eager(self) -> Artifact:
@@ -77,45 +81,27 @@ class Reference:
         if name not in self._made:
             folder = self._work / name
             folder.mkdir()
-            self._made[name] = self._build(load_target(name), ref, folder)
+            target = load_target(name)
+            with self.engine(target) as engine:
+                self._made[name] = self._build(target, ref, folder, engine)
         return self._made[name]
 
-    def parity(self, artifact: Artifact, *, golden: bool = False) -> dict[str, Any]:
-        """The artifact's outputs against the recorded ones; with `golden`, cases are kept in its folder.
-
-        The very same bytes, on the same cases, libraries and processor, are not run twice: figures and golden cases
-        are kept with the prepared model, unless the cache is not to be used.
-        """
-        kept = self.prepared.folder / "verified" / self._identity(artifact)
-        if not (golden and self._use_cache):
-            return self._parity(artifact, artifact.folder / GOLDEN if golden else None)
-        if not (kept / "parity.json").is_file():
-            with new_folder(kept, overwrite=True) as folder:
-                write_json(folder / "parity.json", self._parity(artifact, folder / GOLDEN))
-        shutil.copytree(kept / GOLDEN, artifact.folder / GOLDEN)
-        found: dict[str, Any] = read_json(kept / "parity.json")
-        return found
-
-    def _parity(self, artifact: Artifact, golden: Path | None) -> dict[str, Any]:
-        figures: dict[str, Any] = worker.run(
-            f"verifying {artifact.target['name']}", "deploytool.verify.parity:parity_job", self._limits,
-            artifact=str(artifact.folder), cases=str(self.prepared.folder / "cases"),
-            golden=str(golden) if golden else None,
-        )  # fmt: skip
+    def parity(self, artifact: Artifact, engine: worker.Worker) -> dict[str, Any]:
+        """The artifact's outputs against the recorded ones; golden cases come to lie in its folder."""
+        engine.name = f"verifying {artifact.target['name']}"
+        figures, golden = parity_of(self.prepared, artifact, lambda: engine)
+        shutil.copytree(golden, artifact.folder / GOLDEN)
         return figures
 
-    def _identity(self, artifact: Artifact) -> str:
-        """A digest of all that an engine's outputs follow from, but for the cases."""
-        files = [[f.path, f.sha256] for f in artifact.files if not f.path.startswith(f"{GOLDEN}/")]
-        libraries = versions(find_backend(artifact.backend).packages)
-        about = [files, dict(artifact.settings), artifact.entry, libraries, environment()["cpu_flags"]]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    def verify(self, artifact: Artifact) -> dict[str, Any]:
+        """The artifact's outputs against the recorded ones, computed anew."""
+        return self._compare(artifact, self.prepared.folder / "cases")
 
     def compression(self, artifact: Artifact) -> dict[str, Any] | None:
         """How far a compressed model's artifact is from the uncompressed module; None for other models."""
-        cases = self.prepared.folder / "original"
-        if self.ref == self.original:
-            return None
+        return None if self.ref == self.original else self._compare(artifact, self.prepared.folder / "original")
+
+    def _compare(self, artifact: Artifact, cases: Path) -> dict[str, Any]:
         figures: dict[str, Any] = worker.run(
             f"verifying {artifact.target['name']}", "deploytool.verify.parity:parity_job", self._limits,
             artifact=str(artifact.folder), cases=str(cases),
@@ -131,12 +117,10 @@ class Reference:
         return compare_quality(own, found, tuple(self.prepared.info["lower_is_better"]))
 
     def _own_quality(self) -> dict[str, Any]:
-        """The reference's own figures, kept with the prepared model."""
-        path = self.prepared.folder / "quality.json"
-        if not path.is_file():
-            write_json(path, self._quality(self.eager()))
-        found: dict[str, Any] = read_json(path)
-        return found
+        """The reference's own figures, of this run: what evaluate() reads may have changed since another."""
+        if self._figures is None:
+            self._figures = self._quality(self.eager())
+        return self._figures
 
     def _quality(self, artifact: Artifact) -> dict[str, Any]:
         found: dict[str, Any] = worker.run(

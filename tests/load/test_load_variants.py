@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from deploytool.errors import InputRefused
 from deploytool.load.variants import parity_feeds, shapes
 from deploytool.signature import Outputs, Signature, TensorSpec
 
@@ -63,11 +64,24 @@ def test_other_dimensions_are_cut() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3])
-def test_short_dimensions_are_not_cut_to_nothing(length: int) -> None:
+def test_too_few_shapes_are_refused(length: int) -> None:
+    """A free dimension that cannot be shown at three sizes is refused: parity at one shape says nothing of others."""
+    signature = Signature((spec("x", 1, "time"),), ())
+    with pytest.raises(InputRefused, match="3 different shapes, since 'time' may differ"):
+        parity_feeds(signature, [feed(x=(1, length))])
+
+
+def test_short_dimensions_are_not_cut_to_nothing() -> None:
     """No feed of length 0 is made where the samples have none."""
     signature = Signature((spec("x", 1, "time"),), ())
-    feeds = parity_feeds(signature, [feed(x=(1, length))])
-    assert all(f["x"].shape[1] > 0 for f in feeds[1:])
+    feeds = parity_feeds(signature, [feed(x=(1, n)) for n in (1, 2, 3)])
+    assert all(f["x"].shape[1] > 0 for f in feeds)
+
+
+def test_rows_of_any_name_are_joined() -> None:
+    """A free dimension that is always first is joined from real samples, whatever it is called."""
+    signature = Signature((spec("x", "rows", 4),), ())
+    assert [f["x"].shape[0] for f in parity_feeds(signature, [feed(x=(1, 4))])] == [1, 2, 3]
 
 
 def test_the_samples_are_left_alone() -> None:

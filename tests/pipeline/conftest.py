@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,16 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         result = getattr(importlib.import_module(module), attribute)(**json.loads(json.dumps(arguments)))
         return json.loads(json.dumps(result))
 
+    class Inline(AbstractContextManager["Inline"]):
+        name = ""
+
+        def call(self, function: str, /, **arguments: Any) -> Any:
+            return run(self.name, function, **arguments)
+
+        def __exit__(self, *error: object) -> None: ...
+
     monkeypatch.setattr(worker, "run", run)
+    monkeypatch.setattr(worker, "untimed", lambda *given, **named: Inline())
     yield ran
     sys.path[:] = path
     for name in [n for n in set(sys.modules) - modules if n.startswith("deploytool_model_")]:

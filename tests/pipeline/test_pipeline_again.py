@@ -89,7 +89,7 @@ def test_a_changed_file_is_no_artifact(out: Path) -> None:
             check()
 
 
-@pytest.mark.parametrize(("key", "value"), [("model", {}), ("model", {"ref": {"kind": "python"}}), ("target", {}),
+@pytest.mark.parametrize(("key", "value"), [("model", {"ref": {"kind": "python"}}), ("target", {}),
                                             ("target", {"name": "ort"})])  # fmt: skip
 def test_a_manifest_without_what_is_needed(key: str, value: Any, out: Path) -> None:
     """A manifest that does not say what it is of must be refused as such."""
