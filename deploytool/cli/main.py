@@ -31,7 +31,7 @@ COMMANDS = {
     "bundle": "Verify, self-test or unpack a bundle",
     "check": "Gate a candidate against what was released",
     "inspect": "Show what a model, artifact or bundle holds",
-    "report": "Render results as a table or Markdown",
+    "report": "Render results as a table, Markdown or HTML",
     "targets": "List, show or probe the targets",
     "models": "List the shipped models",
     "doctor": "Say what is missing here and how to fix it",

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from deploytool.errors import InputRefused
-from deploytool.storage import read_json
+from deploytool.cli import options
+from deploytool.errors import EnvironmentLacking, InputRefused
+
+if TYPE_CHECKING:
+    from deploytool.report.rows import Page
 
 
 @click.command("report")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--format", "form", type=click.Choice(["table", "markdown", "json"]), default="table", show_default=True)
+@click.option("--format", "form", type=click.Choice(["table", "markdown", "html", "json"]), default="table",
+              show_default=True)  # fmt: skip
 def command(path: Path, form: str) -> None:
-    """Render PATH (an export's output folder, one artifact, or a report.json) as a table, Markdown or JSON."""
+    """Render PATH as a table, Markdown, HTML or JSON.
+
+    PATH is an export's output folder, one artifact, or a document of `export`, `verify` or `check` with --json.
+    """
     from deploytool.artifact import REPORT
-    from deploytool.report.markdown import export_markdown
-    from deploytool.report.table import export_table
+    from deploytool.report.document import read_document
+    from deploytool.report.markdown import page_markdown
+    from deploytool.report.table import grid_table
 
     file = path / REPORT if path.is_dir() else path
     if not file.is_file():
         raise InputRefused("DT309", f"{path} must hold {REPORT} (it does not)", fix="name what `export` wrote")
-    try:
-        data = read_json(file)
-        report = data if "targets" in data else {**data, "targets": [data]}
-    except (ValueError, TypeError) as error:
-        raise InputRefused("DT309", f"{file} must be a report in JSON (got: {error})") from error
+    document = read_document(file)
+    page = document.page
     if form == "json":
-        click.echo(json.dumps(report, indent=2))
+        options.print_json(document.data)
+    elif form == "html":
+        click.echo(_html(page), nl=False)
     else:
-        click.echo(export_table(report) if form == "table" else export_markdown(report))
+        click.echo(grid_table(page.grid) if form == "table" else page_markdown(page))
+
+
+def _html(page: Page) -> str:
+    try:
+        from deploytool.report.html import page_html
+    except ImportError as error:
+        raise EnvironmentLacking("DT401", f"the package jinja2 must be there for HTML (got: {error})",
+                                 fix="pip install 'deploytool[report]'") from error  # fmt: skip
+    return page_html(page)

@@ -6,29 +6,28 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from deploytool.report.rows import Grid, check_grid, export_grid
+from deploytool.report.rows import Page, check_page, export_page
 from deploytool.results import Verdict
 
 
 def export_markdown(report: Mapping[str, Any]) -> str:
     """The report that `export --json` prints: a heading, where it was measured, a table, reasons and findings."""
-    environment = report.get("environment") or {}
-    facts = [f"- {_cell(name)}: {_cell(value)}" for name, value in environment.items()
-             if isinstance(value, str | int | float)]  # fmt: skip
-    return _document(f"Export of {_cell(report.get('model', 'a model'))}", facts, export_grid(report))
+    return page_markdown(export_page(report))
 
 
 def check_markdown(verdict: Verdict | Mapping[str, Any]) -> str:
     """A verdict, or its JSON: a heading, a table of the findings, the verdict."""
-    grid = check_grid(verdict)
-    return _document("Release check", [], grid)
+    return page_markdown(check_page(verdict))
 
 
-def _document(title: str, facts: list[str], grid: Grid) -> str:
+def page_markdown(page: Page) -> str:
+    """A heading, the facts, one table, and the lines below it."""
+    grid = page.grid
     rule = ["---:" if name in grid.numbers else "---" for name in grid.header]
     rows = [[_cell(cell) for cell in row] for row in (grid.header, *grid.rows)]
     table = ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
-    parts = [[f"# {title}"], facts, table, [f"- {_cell(line)}" for line in grid.lines]]
+    facts = [f"- {_cell(name)}: {_cell(value)}" for name, value in page.facts]
+    parts = [[f"# {_cell(page.title)}"], facts, table, [f"- {_cell(line)}" for line in grid.lines]]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Results as rows of text: the one source of the table and of the Markdown."""
+"""Results as rows of text: the one source of the table, the Markdown and the HTML."""
 
 from __future__ import annotations
 
@@ -21,9 +21,31 @@ class Grid:
     lines: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Page:
+    """A grid with a title and facts, each a name and a value."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    grid: Grid
+
+
 _EXPORT = ("target", "status", "precision", "size MB", "worst cosine", "max abs", "metrics: reference -> artifact",
            "p50 ms", "speed-up [95 %]", "peak MB", "verdict")  # fmt: skip
 _NUMBERS = frozenset({"size MB", "worst cosine", "max abs", "p50 ms", "peak MB", "measured", "limit"})
+
+
+def export_page(report: Mapping[str, Any]) -> Page:
+    """The report that `export --json` prints: whose it is, where it was measured, and its grid."""
+    environment = report.get("environment") or {}
+    facts = tuple((str(name), str(value)) for name, value in environment.items()
+                  if isinstance(value, str | int | float))  # fmt: skip
+    return Page(f"Export of {report.get('model', 'a model')}", facts, export_grid(report))
+
+
+def check_page(verdict: Verdict | Mapping[str, Any]) -> Page:
+    """A verdict, or its JSON, and its grid."""
+    return Page("Release check", (), check_grid(verdict))
 
 
 def export_grid(report: Mapping[str, Any]) -> Grid:

@@ -11,15 +11,16 @@ from deploytool.results import Verdict
 
 def export_table(report: Mapping[str, Any]) -> str:
     """The report that `export --json` prints, one line per target, then reasons and findings."""
-    return _text(export_grid(report))
+    return grid_table(export_grid(report))
 
 
 def check_table(verdict: Verdict | Mapping[str, Any]) -> str:
     """A verdict, or its JSON: one line per finding, those that decide first, then the verdict."""
-    return _text(check_grid(verdict))
+    return grid_table(check_grid(verdict))
 
 
-def _text(grid: Grid) -> str:
+def grid_table(grid: Grid) -> str:
+    """Header, rule, rows, then the lines below."""
     cells = [[_plain(cell) for cell in row] for row in (grid.header, *grid.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [name in grid.numbers for name in grid.header]

@@ -1,0 +1,108 @@
+"""`deploytool report` on every document that deploytool prints, and on those that it does not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploytool.cli.main import run
+from deploytool.results import Finding, Verdict
+
+TARGET: dict[str, Any] = {
+    "target": "ort", "status": "failed", "reason": "<script>alert(1)</script> & \"more\"", "precision": "fp32",
+    "size_bytes": 1_500_000, "executed": True, "parity": {"outputs": {"a": {"cosine": 0.5, "max_abs": 1.0}}},
+}  # fmt: skip
+REPORT: dict[str, Any] = {"schema_version": "1.0", "model": "<b>tiny</b>",
+                          "environment": {"cpu": "a <cpu>", "cores": 2}, "targets": [TARGET]}  # fmt: skip
+VERDICT = Verdict((Finding("size", "ort", "pass", "smaller", 0.9, 1.05),
+                   Finding("quality", "ort", "fail", "<i>less</i>")))  # fmt: skip
+DOCUMENTS = {"export": REPORT, "artifact": {"schema_version": "1.0", **TARGET}, "verdict": VERDICT.to_json()}
+WRONG: dict[str, Any] = {
+    "no object": [], "number": 3, "nothing": {}, "no targets": {"schema_version": "1.0"},
+    "targets are a number": {"targets": 3}, "no target": {"targets": [{"x": 1}]},
+    "versioned number": {**REPORT, "targets": 3}, "versioned no target": {**REPORT, "targets": [{"x": 1}]},
+    "no result": {**REPORT, "targets": []}, "newer": {**REPORT, "schema_version": "2.0"},
+    "words for figures": {**REPORT, "targets": [{**TARGET, "size_bytes": "large"}]},
+    "parity is a list": {**REPORT, "targets": [{**TARGET, "parity": [1]}]},
+    "infinite": {**REPORT, "targets": [{**TARGET, "size_bytes": float("inf")}]},
+    "half a character": {**REPORT, "model": "\ud800"},
+    "finding is text": {**VERDICT.to_json(), "findings": ["fail"]},
+    "unknown field": {**VERDICT.to_json(), "findings": [{**VERDICT.findings[0].to_json(), "x": 1}]},
+    "verdict that does not follow": {**VERDICT.to_json(), "status": "passed"},
+}  # fmt: skip
+
+
+class _Page(HTMLParser):
+    """Which tags a page has, and what loads or runs something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.reaching: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.reaching += [name for name, _ in attrs if name in ("src", "href") or name.startswith("on")]
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "html", "json"])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_document_is_rendered(name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reports of exports and of single artifacts, and verdicts, are shown with their target in every format."""
+    if form == "html":
+        pytest.importorskip("jinja2")
+    (tmp_path / "d.json").write_text(json.dumps(DOCUMENTS[name]))
+    assert run(["report", str(tmp_path / "d.json"), "--format", form]) == 0
+    printed = capsys.readouterr().out
+    assert "ort" in printed and ("verdict: failed" in printed) == (name == "verdict" and form != "json")
+    if form == "json":
+        assert json.loads(printed).items() >= DOCUMENTS[name].items()
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_document_is_refused(name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no report and no verdict ends as refused input with one message, not as a crash or an empty table."""
+    (tmp_path / "d.json").write_text(json.dumps(WRONG[name]))
+    assert run(["report", str(tmp_path / "d.json"), "--format", form]) == 3
+    told = capsys.readouterr()
+    assert "error[DT309]" in told.err and told.out == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_file_that_is_no_json_is_refused(content: bytes, tmp_path: Path) -> None:
+    """An empty, truncated, binary or endlessly nested file is refused input."""
+    (tmp_path / "d.json").write_bytes(content)
+    assert run(["report", str(tmp_path / "d.json")]) == 3
+
+
+def test_html_is_one_page_without_foreign_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page loads and runs nothing, and what a report says stands there as text."""
+    pytest.importorskip("jinja2")
+    for name, document in DOCUMENTS.items():
+        (tmp_path / "d.json").write_text(json.dumps(document))
+        assert run(["report", str(tmp_path / "d.json"), "--format", "html"]) == 0
+        text = capsys.readouterr().out
+        page = _Page(text)
+        assert page.reaching == [] and not {"script", "b", "i", "link", "img", "iframe", "cpu"} & set(page.tags), name
+        assert page.tags.count("table") == 1 and text.startswith("<!doctype html>")
+    assert "&lt;i&gt;less&lt;/i&gt;" in text
+
+
+def test_html_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where jinja2 is missing the other formats work, and HTML ends as a lacking environment with the pip line."""
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "deploytool.report.html", raising=False)
+    (tmp_path / "d.json").write_text(json.dumps(REPORT))
+    assert run(["report", str(tmp_path / "d.json"), "--format", "html"]) == 4
+    told = capsys.readouterr()
+    assert "error[DT401]" in told.err and "pip install 'deploytool[report]'" in told.err and told.out == ""
+    assert run(["report", str(tmp_path / "d.json"), "--format", "markdown"]) == 0
