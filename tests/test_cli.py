@@ -107,10 +107,18 @@ def test_each_class_of_error_has_its_exit_code(
         (["export", "digits", "--target", "ort", "-o", "full"], 2, "must not exist yet"),
         (["export", "digits", "--target", "ort", "--memory-limit", "lots"], 2, "must be a size such as"),
         (["compress", "digits", "--recipe", "digits-prun", "-o", "x"], 2, "did you mean 'digits-prune'?"),
+        (["compress", "digits", "--recipe", "digits-svd", "-o", "full", "--overwrite"], 2, "earlier output"),
         (["verify", "nowhere"], 2, "does not exist"),
         (["verify", "full"], 3, "error[DT309]"),
         (["bundle", "verify", "full"], 3, "error[DT311]"),
         (["explain", "DT999"], 2, "known one"),
+        *[(["check", "full", "--against", "full", f"--max-{what}", value], 2, "must be a share")
+          for what in ("drop", "growth", "slowdown") for value in ("nan", "inf", "-5", "some")],
+        (["check", "full", "--against", "full", "--max-drop", "1.5"], 2, "from 0 to 1"),
+        (["check", "full", "--against", "full", "--max-growth", "1.5"], 3, "error[DT309]"),
+        (["check", "full", "--against", "full", "--seed", "-1"], 2, "0<=x<=4294967295"),
+        *[(["bundle", "selftest", "full", "--timeout", value], 2, "must be a number of seconds")
+          for value in ("-1", "0", "nan", "inf")],
         (["targets", "show", "nope"], 2, "must be a shipped name"),
     ],
 )  # fmt: skip

@@ -34,7 +34,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @command.command("selftest")
 @_path
 @click.option("--variant", default=None, help="Only this target's variant.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds that it may take.")
+@click.option("--timeout", default=600.0, type=options.SECONDS, show_default=True, help="Seconds that it may take.")
 @click.option("--trust", is_flag=True, help="Run the bundle's own script even when it is not the shipped one.")
 @options.json_option
 def selftest(bundle: Path, variant: str | None, timeout: float, trust: bool, as_json: bool) -> None:

@@ -16,9 +16,12 @@ _EXIT = {"passed": 0, "failed": 1, "inconclusive": 7}
 @click.argument("candidate", type=click.Path(exists=True, path_type=Path))
 @click.option("--against", "released", required=True, type=click.Path(exists=True, path_type=Path),
               help="What was released: an artifact, an export's output, or a bundle.")  # fmt: skip
-@click.option("--max-drop", default=0.01, show_default=True, help="Share of a task metric that may be lost.")
-@click.option("--max-growth", default=0.05, show_default=True, help="Share by which the size may grow.")
-@click.option("--max-slowdown", default=0.10, show_default=True, help="Share by which a run may take longer.")
+@click.option("--max-drop", default=0.01, type=options.SHARE_OF_ALL, show_default=True,
+              help="Share of a task metric that may be lost.")  # fmt: skip
+@click.option("--max-growth", default=0.05, type=options.SHARE, show_default=True,
+              help="Share by which the size may grow.")  # fmt: skip
+@click.option("--max-slowdown", default=0.10, type=options.SHARE, show_default=True,
+              help="Share by which a run may take longer.")  # fmt: skip
 @click.option("--no-latency", is_flag=True, help="Do not time the two against each other.")
 @click.option("--new-model", is_flag=True, help="The candidate was trained anew: other outputs are expected.")
 @click.option("--seconds", default=20.0, type=options.SECONDS, show_default=True, help="Time for timing each target.")

@@ -9,11 +9,8 @@ from typing import Any
 import click
 
 from deploytool.cli import options
-from deploytool.errors import EnvironmentLacking
+from deploytool.errors import CheckFailed, EnvironmentLacking, from_json
 from deploytool.worker import Limits
-
-_EXIT_BY_KIND = {"CheckFailed": 1, "UsageProblem": 2, "InputRefused": 3, "EnvironmentLacking": 4, "BackendFailed": 5,
-                 "IntegrityBroken": 6, "Inconclusive": 7}  # fmt: skip
 
 
 @click.command("export")
@@ -72,6 +69,6 @@ def exit_code(report: dict[str, Any], *, asked_all: bool) -> int:
     """0 when every target that was asked for is ok; else what the first failure means."""
     for result in report["targets"]:
         if result["status"] == "failed":
-            return _EXIT_BY_KIND.get(result.get("error", {}).get("kind", "CheckFailed"), 70)
+            return from_json(result["error"]).exit_code if "error" in result else CheckFailed.exit_code
     missing = [r for r in report["targets"] if r["status"] == "unavailable"]
     return EnvironmentLacking.exit_code if missing and (not asked_all or len(missing) == len(report["targets"])) else 0

@@ -33,13 +33,17 @@ def _artifacts(path: Path) -> dict[str, Any] | None:
     from deploytool.artifact import MANIFEST
     from deploytool.bundle.contents import opened
     from deploytool.bundle.manifest import MANIFEST as BUNDLE
+    from deploytool.bundle.manifest import VARIANTS
 
     if path.suffix == ".py" or not (
         path.is_file() or (path / BUNDLE).is_file() or (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}"))
     ):
         return None
     with opened(path) as artifacts:
-        rows = [{**a.to_json(), "name": name, "folder": str(a.folder)} for name, a in artifacts.items()]
+        # A tar's content is there only while it is looked at: its folders are told as they are named in it.
+        rows = [{**a.to_json(), "name": name,
+                 "folder": f"{VARIANTS}/{a.folder.name}" if path.is_file() else str(a.folder)}
+                for name, a in artifacts.items()]  # fmt: skip
     return {"kind": "artifacts", "artifacts": rows}
 
 

@@ -22,7 +22,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print exactl
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and stop.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-seed_option = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")
+seed_option = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
+                           help="Seed of everything random.")  # fmt: skip
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg]
@@ -44,6 +45,28 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
 
 
 SECONDS, SECONDS_OR_NONE = Seconds(zero=False), Seconds(zero=True)
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]
+    """A share of something: 0.05 is 5 %; finite, 0 or more, and at most 1 where no more can be lost."""
+
+    name = "share"
+
+    def __init__(self, *, most: float = math.inf):
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            share = float(value)
+        except ValueError:
+            share = math.nan
+        if not math.isfinite(share) or not 0 <= share <= self._most:
+            what = "0 or more" if self._most == math.inf else f"from 0 to {self._most:g}"
+            self.fail(f"{value!r} must be a share, {what} (0.05 is 5 %)", param, ctx)
+        return share
+
+
+SHARE, SHARE_OF_ALL = Share(), Share(most=1.0)
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]

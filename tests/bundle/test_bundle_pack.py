@@ -196,6 +196,10 @@ def test_nothing_but_a_bundle_is_overwritten(tmp_path: Path) -> None:
         assert verify_bundle(out).version == "2"
     with pytest.raises(UsageProblem, match="earlier output"):
         pack([artifact], tmp_path / "a", name="tiny", version="1", overwrite=True)
+    with pytest.raises(UsageProblem, match="earlier output"):
+        unpack(tmp_path / "b", tmp_path / "a", overwrite=True)
+    artifact.check()
+    assert unpack(tmp_path / "b.tar", tmp_path / "b", overwrite=True).version == "2"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65])
@@ -220,3 +224,14 @@ def test_artifacts_are_found_wherever_they_lie(tmp_path: Path) -> None:
         assert list(found) == ["ort"]
     with pytest.raises(InputRefused, match="got none"), opened(tmp_path / "nowhere"):
         pass
+
+
+def test_inspecting_a_tar_tells_places_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `inspect` says of a tar names the folder inside it, not a temporary one that is gone."""
+    pack([make(tmp_path / "a")], tmp_path / "b.tar", name="tiny", version="1", kind="tar")
+    assert run(["inspect", str(tmp_path / "b.tar"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["artifacts"]
+    assert found["folder"] == "variants/ort"
+    assert run(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["artifacts"]
+    assert found["folder"] == str(tmp_path / "a")
