@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -22,6 +22,7 @@ class Table(BaseModel):
 
 
 T = TypeVar("T", bound=BaseModel)
+R = TypeVar("R")
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], str]:
@@ -48,9 +49,22 @@ def check_table(data: dict[str, Any], model: type[T], *, text: str = "", where: 
     except ValidationError as error:
         problems = sorted(_describe(e, model, text, (*prefix, *e["loc"])) for e in error.errors())
         detail = [f"{where}:{line}: {sentence}" if line else f"{where}: {sentence}" for line, sentence in problems]
-        count = f"{len(detail)} error" + ("s" if len(detail) > 1 else "")
-        raise UsageProblem("DT202", f"{where} must hold known keys with right values (got {count})",
-                           detail=detail) from error  # fmt: skip
+        raise complain(where, detail) from error
+
+
+def collect(problems: list[str], check: Callable[[], R]) -> R | None:
+    """The check's result, or None with its complaints added to `problems`: so that all are told at once."""
+    try:
+        return check()
+    except UsageProblem as error:
+        problems += error.detail or (error.message,)
+        return None
+
+
+def complain(where: str, problems: Sequence[str]) -> UsageProblem:
+    """The error that tells all of a file's problems."""
+    count = f"{len(problems)} error" + ("s" if len(problems) > 1 else "")
+    return UsageProblem("DT202", f"{where} must hold known keys with right values (got {count})", detail=problems)
 
 
 def _describe(error: Any, model: type[BaseModel], text: str, location: Sequence[Any]) -> tuple[int, str]:

@@ -31,7 +31,7 @@ from typing import Any, NoReturn, Self
 import platformdirs
 import psutil
 
-from deploytool.errors import BackendFailed, DeployError, from_json
+from deploytool.errors import BackendFailed, DeployError, InternalError, from_json
 
 _LOG_LIMIT_BYTES = 8_000_000
 _LOG_TAIL_BYTES = 64_000
@@ -132,6 +132,9 @@ class Worker:
             raise from_json(reply["error"])
         if reply["crash"].startswith("MemoryError"):
             raise self._failure("DT503", "must fit into memory (got a MemoryError)")
+        if reply.get("ours"):
+            raise InternalError("DT900", f"an internal error in {self.name} (got {reply['crash']})",
+                                fix=f"please report {self.log}")  # fmt: skip
         raise self._failure("DT504", f"must end well (got {reply['crash']})")
 
     def _exchange(self, request: bytes) -> dict[str, Any]:
@@ -389,8 +392,14 @@ def serve(parent: int, requests: int, replies: int, modules: Sequence[str] = ())
                 reply = {"error": error.to_json()}
             except Exception as error:
                 traceback.print_exc()
-                reply = {"crash": f"{type(error).__name__}: {error}"[:2000]}
+                reply = {"crash": f"{type(error).__name__}: {error}"[:2000], "ours": _is_ours(error)}
             _send(replies, reply)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the error was raised by deploytool's own code rather than by a library or a model."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 def _answer(request: Mapping[str, Any], held: list[Any]) -> Any:

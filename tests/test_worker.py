@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from deploytool import worker
-from deploytool.errors import BackendFailed, InputRefused
+from deploytool.errors import BackendFailed, InputRefused, InternalError
 from deploytool.worker import Limits, Worker
 
 HERE = Path(__file__).parent
@@ -100,13 +100,19 @@ def test_error_passes_through() -> None:
 
 @pytest.mark.parametrize(
     ("function", "said"),
-    [("raise_value_error", "ValueError: seven is no colour"), ("return_object", "not JSON serializable"),
-     ("no_such_function", "AttributeError")],
+    [("raise_value_error", "ValueError: seven is no colour"), ("return_object", "not JSON serializable")],
 )  # fmt: skip
 def test_foreign_exception(function: str, said: str) -> None:
-    """Any other exception, an answer that is no JSON, or an unknown function is DT504 and names what was raised."""
+    """Any other exception, or an answer that is no JSON, is DT504 and names what was raised."""
     error = failure(function)
     assert error.code == "DT504" and said in error.message
+    assert "Traceback" in logs()[0].read_text()
+
+
+def test_our_own_bug_is_told_as_one() -> None:
+    """What deploytool's own code raises is DT900, not the backend's fault: here, an unknown function was asked for."""
+    with pytest.raises(InternalError, match="no_such_function"):
+        worker.run("test", "misbehaving:no_such_function")
     assert "Traceback" in logs()[0].read_text()
 
 

@@ -107,13 +107,9 @@ def test_a_profile_tells_all_its_mistakes(called: Callable[..., Result]) -> None
     code, document, _ = called("export", "digits", "--target", "./p.toml", "-o", "out")
     detail = document["error"]["detail"]
     assert code == 2 and document["error"]["code"] == "DT202"
-    assert [line.split(": ")[0] for line in detail] == ["p.toml", "p.toml:4", "p.toml:7", "p.toml:8"]
+    assert [line.split(": ")[0] for line in detail] == ["p.toml", "p.toml:4", "p.toml:7", "p.toml:8", "p.toml:11"]
     assert "missing key 'precision'" in detail[0] and "did you mean 'precision'" in detail[1]
-    assert "did you mean 'sqnr_db_min'" in detail[3]
-    Path("p.toml").write_text(Path("p.toml").read_text().replace("precison", "precision").replace("= 2", "= 0.9")
-                              .replace("sqnr_min = 1\n", ""))  # fmt: skip
-    code, document, _ = called("export", "digits", "--target", "./p.toml", "-o", "out")
-    assert code == 2 and "p.toml:10: unknown key 'build.x'" in document["error"]["detail"][0]
+    assert "did you mean 'sqnr_db_min'" in detail[3] and "unknown key 'build.x'" in detail[4]
     Path("p.toml").write_bytes(b"\xff\xfe")
     code, document, _ = called("export", "digits", "--target", "./p.toml", "-o", "out")
     assert (code, document["error"]["code"]) == (2, "DT202")

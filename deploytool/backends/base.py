@@ -181,9 +181,21 @@ def find_backend(name: str) -> Backend:
 
 
 def load_checked_target(name: str) -> Target:
-    """`load_target`, and its backend and `[build]` table checked too, with file and line."""
-    target = load_target(name)
-    find_backend(target.backend).check(target, shipped.find("targets", name, ".toml"))
+    """`load_target`, and its backend and `[build]` table checked too: all problems at once, with file and line."""
+    path = shipped.find("targets", name, ".toml")
+    if path is None:
+        return load_target(name)  # which says so
+    data, text = settings.read_toml(path)
+    problems: list[str] = []
+    target = settings.collect(problems, lambda: load_target(name))
+    backend = settings.collect(problems, lambda: find_backend(str(data["backend"]))) if "backend" in data else None
+    build = data.get("build", {})
+    if backend is not None and isinstance(build, dict):
+        table = backend.table
+        settings.collect(problems, lambda: settings.check_table(build, table, text=text, where=str(path),
+                                                                prefix=("build",)))  # fmt: skip
+    if problems or target is None:
+        raise settings.complain(str(path), problems)
     return target
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field
 from deploytool import shipped
 from deploytool.compress.step import Calibration, StepTable
 from deploytool.errors import UsageProblem, nearest
-from deploytool.settings import Table, check_table, line_of, read_toml
+from deploytool.settings import Table, check_table, collect, complain, line_of, read_toml
 
 RECIPES = "models/recipes"
 T = TypeVar("T")
@@ -88,24 +87,14 @@ def load_recipe(path: Path) -> Recipe:
 def parse_recipe(data: dict[str, Any], text: str, *, where: str) -> Recipe:
     """Check the data that came from a TOML text."""
     problems: list[str] = []
-    file = _collect(problems, lambda: check_table(data, _File, text=text, where=where))
+    file = collect(problems, lambda: check_table(data, _File, text=text, where=where))
     tables = data.get("compress", [])
     raw = [t for t in tables if isinstance(t, dict)] if isinstance(tables, list) else []
-    steps = [_collect(problems, lambda i=i, t=t: _step(t, i, text, where)) for i, t in enumerate(raw)]  # type: ignore[misc]
+    steps = [collect(problems, lambda i=i, t=t: _step(t, i, text, where)) for i, t in enumerate(raw)]  # type: ignore[misc]
     if problems or file is None:
-        count = f"{len(problems)} error" + ("s" if len(problems) > 1 else "")
-        raise UsageProblem("DT202", f"{where} must hold known keys with right values (got {count})", detail=problems)
+        raise complain(where, problems)
     return Recipe(where, tuple(s for s in steps if s is not None), file.model, file.targets, file.calibration,
                   file.quality)  # fmt: skip
-
-
-def _collect(problems: list[str], check: Callable[[], T]) -> T | None:
-    """The check's result, or None with its complaints added to `problems`."""
-    try:
-        return check()
-    except UsageProblem as error:
-        problems += error.detail
-        return None
 
 
 def _step(table: dict[str, Any], index: int, text: str, where: str) -> StepTable:
