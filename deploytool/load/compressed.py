@@ -52,7 +52,7 @@ class _Document(Table):
 def save_compressed(source: Source, original: Source, report: dict[str, Any], out: Path, *, overwrite: bool) -> None:
     """Write the folder of a compressed source, whole or not at all."""
     state, ties = _untied(source.module.state_dict())
-    with new_folder(out, overwrite=overwrite) as folder:
+    with new_folder(out, overwrite=overwrite, marker=COMPRESSED) as folder:
         save_file(state, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)
         ref = original.ref

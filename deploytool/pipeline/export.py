@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploytool import worker
-from deploytool.artifact import REPORT, Artifact
+from deploytool.artifact import MANIFEST, REPORT, Artifact
 from deploytool.backends.base import find_backend, load_checked_target
 from deploytool.bench.compare import compare
 from deploytool.bench.environment import environment
@@ -81,6 +81,9 @@ def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
     refuse_existing(options.out, options.overwrite)
     names = list(dict.fromkeys(n for t in targets for n in (target_names() if t == ALL else [t])))
     profiles = [load_checked_target(name) for name in names]
+    for profile in profiles:  # what is not ours is not replaced, whatever was asked
+        for place in (options.out / profile.name, failed_folder(options.out / profile.name)):
+            refuse_existing(place, options.overwrite, MANIFEST)
     _refuse_same_name(profiles)
     probes = {p.name: find_backend(p.backend).probe(p) for p in profiles}
     able = tuple(p for p in profiles if probes[p.name].available)
