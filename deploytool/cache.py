@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,13 +54,12 @@ class Prepared:
 
 def prepare(
     ref: ModelRef, *, exporter: str | None = "auto", seed: int = 0, limits: worker.Limits = worker.NO_LIMITS,
-    use: bool = True, meanwhile: Callable[[], object] = lambda: None,
+    use: bool = True,
 ) -> Prepared:  # fmt: skip
     """The prepared folder of a model: from the cache when nothing changed, else made in a worker.
 
-    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. `meanwhile` is
-    called just before it is made. Raises what the worker raises; EnvironmentLacking when another process holds the
-    lock for half an hour.
+    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. Raises what
+    the worker raises; EnvironmentLacking when another process holds the lock for half an hour.
     """
     started = time.perf_counter()
     options = {"exporter": exporter, "seed": seed}
@@ -70,8 +69,6 @@ def prepare(
     try:
         with FileLock(index.with_suffix(".lock"), timeout=_LOCK_SECONDS):
             found = _find(root, index, ref, options) if use else None
-            if found is None:
-                meanwhile()
             folder = found or _make(root, index, ref, options, limits)
     except Timeout as error:
         raise EnvironmentLacking("DT404", f"the cache entry of {ref.name!r} must be free (another process holds it)",

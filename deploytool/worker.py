@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,10 +42,7 @@ _CLOSE_SECONDS = 5.0
 _GRACE_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 # With -P, or a file in the working folder could stand in for a library; the package itself may lie in a checkout.
-_CHILD = (
-    "import sys; sys.path.append(sys.argv[1]); from deploytool.worker import serve; "
-    "serve(*map(int, sys.argv[2:5]), sys.argv[5:])"
-)
+_CHILD = "import sys; sys.path.append(sys.argv[1]); from deploytool.worker import serve; serve(*map(int, sys.argv[2:]))"
 _COUNTER = itertools.count()
 # Imports of torch and transformers make millions of objects that stay; walking them often costs a fifth of the time.
 _GC_THRESHOLDS = (100_000, 50, 50)
@@ -73,14 +70,11 @@ def cache_folder() -> Path:
 
 
 class Worker:
-    """One child process; a context manager. `name` says what it does, for messages and the log's name.
-
-    `modules` are imported in the child at once, while the parent does something else.
-    """
+    """One child process; a context manager. `name` says what it does, for messages and the log's name."""
 
     def __init__(
         self, name: str, limits: Limits = NO_LIMITS, environment: Mapping[str, str] | None = None,
-        say: Callable[[str], None] | None = None, modules: Iterable[str] = (),
+        say: Callable[[str], None] | None = None,
     ):  # fmt: skip
         self.name = name
         self.limits = limits
@@ -99,7 +93,7 @@ class Worker:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-X", "faulthandler", "-c", _CHILD, str(Path(__file__).parents[1]),
-                 str(os.getpid()), str(requests), str(replies), *modules],
+                 str(os.getpid()), str(requests), str(replies)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(requests, replies),
                 start_new_session=True, env={**os.environ, **_CHILD_ENVIRONMENT, **(environment or {})},
             )  # fmt: skip
@@ -339,11 +333,9 @@ def run(
         return worker.call(function, **arguments)
 
 
-def untimed(
-    name: str, limits: Limits = NO_LIMITS, say: Callable[[str], None] | None = None, modules: Iterable[str] = ()
-) -> Worker:
+def untimed(name: str, limits: Limits = NO_LIMITS, say: Callable[[str], None] | None = None) -> Worker:
     """A worker in which nothing is timed: its threads wait without spinning."""
-    return Worker(name, limits, _UNTIMED_ENVIRONMENT, say, modules)
+    return Worker(name, limits, _UNTIMED_ENVIRONMENT, say)
 
 
 def _resolve(name: str) -> Any:
@@ -366,7 +358,7 @@ def _send(pipe: int, reply: Mapping[str, Any]) -> None:
         data = data[os.write(pipe, data) :]
 
 
-def serve(parent: int, requests: int, replies: int, modules: Sequence[str] = ()) -> None:
+def serve(parent: int, requests: int, replies: int) -> None:
     """The child's loop: one JSON request a line, one JSON reply a line, until the parent closes the pipe."""
     global _reply_pipe
     # A parent that is killed outright cannot clean up; the kernel then ends this child too.
@@ -378,9 +370,6 @@ def serve(parent: int, requests: int, replies: int, modules: Sequence[str] = ())
     os.set_inheritable(replies, False)
     _reply_pipe = replies
     gc.set_threshold(*_GC_THRESHOLDS)
-    for name in modules:
-        with contextlib.suppress(Exception):  # it fails again, and is told, where it is used
-            importlib.import_module(name)
     held: list[Any] = []
     with os.fdopen(requests, "rb") as lines:
         for line in lines:

@@ -24,7 +24,7 @@ from deploytool.cache import Prepared, prepare
 from deploytool.errors import DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.kept import parity_of
-from deploytool.pipeline.reference import GRAPH_MODULES, Reference
+from deploytool.pipeline.reference import Reference
 from deploytool.source import ModelRef
 from deploytool.storage import refuse_existing, settle, sha256_file, write_json
 from deploytool.target import Target, load_target, target_names
@@ -178,20 +178,13 @@ def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool, say
 
 
 def _lowered(ref: ModelRef, exporter: str, options: Options) -> tuple[Prepared, list[str]]:
-    """A model lowered by one exporter, and what is wrong with its graph; its checker starts up meanwhile."""
+    """A model lowered by one exporter, and what is wrong with its graph."""
+    prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache)
+    graph = Artifact.load(prepared.folder / "onnx", check=False)
     with ExitStack() as stack:
-        started: list[worker.Worker] = []
-
-        def checker() -> worker.Worker:
-            if not started:
-                process = worker.untimed(f"checking the graph of {ref.name}", options.limits, modules=GRAPH_MODULES)
-                started.append(stack.enter_context(process))
-            return started[0]
-
-        prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache,
-                           meanwhile=checker)  # fmt: skip
-        graph = Artifact.load(prepared.folder / "onnx", check=False)
-        return prepared, judge_parity(parity_of(prepared, graph, checker)[0], load_target("ort").parity)
+        name = f"checking the graph of {ref.name}"
+        figures, _ = parity_of(prepared, graph, lambda: stack.enter_context(worker.untimed(name, options.limits)))
+    return prepared, judge_parity(figures, load_target("ort").parity)
 
 
 def _unavailable(name: str, reason: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
-from deploytool.backends.base import find_backend
 from deploytool.cache import Prepared
 from deploytool.cases import case_files
 from deploytool.pipeline.kept import parity_of
@@ -19,8 +18,6 @@ from deploytool.source import ModelRef
 from deploytool.storage import read_json
 from deploytool.target import Target, load_target
 from deploytool.verify.judge import compare_quality
-
-GRAPH_MODULES = ("deploytool.backends.build", "deploytool.verify.parity", "deploytool.backends.onnxruntime")
 
 
 class Reference:
@@ -53,8 +50,7 @@ class Reference:
 
     def engine(self, target: Target) -> worker.Worker:
         """The process that a target is built and verified in."""
-        accepts = find_backend(target.backend).accepts
-        return worker.untimed(target.name, self._limits, modules=GRAPH_MODULES if accepts == "onnx" else ())
+        return worker.untimed(target.name, self._limits)
 
     def build(self, target: Target, out: Path, engine: worker.Worker) -> Artifact:
         """Build a target of the model into the empty folder `out`."""
