@@ -383,6 +383,9 @@ def serve(parent: int, requests: int, replies: int) -> None:
                 traceback.print_exc()
                 reply = {"crash": f"{type(error).__name__}: {error}"[:2000], "ours": _is_ours(error)}
             _send(replies, reply)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking torch apart in good order takes more than a second, and nothing is left to be kept
 
 
 def _is_ours(error: Exception) -> bool:
