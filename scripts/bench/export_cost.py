@@ -47,7 +47,7 @@ class Cost:
 
 
 def measure(command: list[str], output: Path, log: Path) -> Cost:
-    """Run a command to its end, with an empty cache; raises RuntimeError with the tail of its log when it fails."""
+    """Run a command to its end, with the cache beside its output; raises RuntimeError with its log when it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     with log.open("wb") as sink:
@@ -114,17 +114,27 @@ def commands(args: argparse.Namespace, folder: Path, out: Path) -> dict[str, lis
 
 
 def compare(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, Any]:
-    """Alternate the two commands `runs` times, in turn each first; the first pair only warms the file cache."""
+    """Alternate the two commands `runs` times, in turn each first; the first pair only warms the file cache.
+
+    Every pair starts with an empty cache; deploytool then runs once more with what it kept.
+    """
     costs: dict[str, list[Cost]] = {"deploytool": [], "optimum": []}
+    again: list[Cost] = []
     for run in range(args.runs + 1):
         for name in sorted(costs, reverse=run % 2 == 1):
             with tempfile.TemporaryDirectory(dir=work) as out:
                 target = Path(out) / "artifact"
-                cost = measure(commands(args, folder, target)[name], target, work / f"{name}.log")
+                command = commands(args, folder, target)[name]
+                cost = measure(command, target, work / f"{name}.log")
+                if name == "deploytool" and run:
+                    again.append(measure([*command, "--overwrite"], target, work / "again.log"))
             print(f"run {run} {name}: {asdict(cost)}", file=sys.stderr)
             if run:
                 costs[name].append(cost)
-    return summary(costs)
+    firsts = [cost.wall_seconds for cost in costs["deploytool"]]
+    shares = [second.wall_seconds / first for second, first in zip(again, firsts, strict=True)]
+    return {**summary(costs), "unchanged_again": {"runs": [asdict(cost) for cost in again],
+                                                  "wall_share_of_first": statistics.median(shares)}}  # fmt: skip
 
 
 def summary(costs: dict[str, list[Cost]]) -> dict[str, Any]:
