@@ -22,16 +22,16 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import platformdirs
-import psutil
 
 from deploytool.errors import BackendFailed, DeployError, InternalError, from_json
+from deploytool.processes import descendants, kill_all, tree_rss
 
 _LOG_LIMIT_BYTES = 8_000_000
 _LOG_TAIL_BYTES = 64_000
@@ -199,7 +199,7 @@ class Worker:
             raise self._failure("DT502", f"must end within {self.limits.seconds:g} s (it was stopped)")
 
     def _check_memory(self) -> None:
-        used = _tree_rss(self._process.pid)
+        used = tree_rss(self._process.pid)
         self.peak_bytes = max(self.peak_bytes, used)
         limit = self.limits.memory_bytes
         if limit is not None and used > limit:
@@ -236,13 +236,13 @@ class Worker:
 
     def _kill(self, grace: float = _GRACE_SECONDS) -> None:
         """End the child and all that descends from it; a child that ignores SIGTERM gets `grace` seconds."""
-        family = _descendants(self._process.pid)
+        family = descendants(self._process.pid)
         if grace and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace)
-        _kill_all(self._process.pid, family)
+        kill_all(self._process.pid, family)
         self._process.wait()
 
     def close(self) -> None:
@@ -250,14 +250,14 @@ class Worker:
         if self._closed:
             return
         self._closed = True
-        family = _descendants(self._process.pid)
+        family = descendants(self._process.pid)
         os.close(self._requests)
         os.close(self._replies)
         try:
             self._process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._kill()
-        _kill_all(self._process.pid, family)
+        kill_all(self._process.pid, family)
         if self._failed:
             self._cap_log()
         else:
@@ -282,37 +282,6 @@ def _ending(status: int) -> str:
     except ValueError:
         name = str(-status)
     return f"signal {name}" + (", which the kernel sends when memory runs out" if name == "SIGKILL" else "")
-
-
-def _kill_all(pid: int, family: Iterable[psutil.Process]) -> None:
-    """End the child's process group, and descendants that left it; none may outlive the worker."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    for process in family:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return list(psutil.Process(pid).children(recursive=True))
-    except psutil.Error:
-        return []
-
-
-def _tree_rss(pid: int) -> int:
-    """Resident bytes of a process and its descendants."""
-    try:
-        return sum(_rss(p) for p in (psutil.Process(pid), *_descendants(pid)))
-    except psutil.Error:
-        return 0
-
-
-def _rss(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
 
 
 def _tail(log: Path, lines: int = 8) -> list[str]:
