@@ -1,0 +1,193 @@
+"""Calibration block by block: one block of the model at a time sees all samples, is changed, and feeds the next.
+
+    for block in walk_blocks(source, chosen, samples):
+        totals = block.accumulate(gram)             # {layer: Total}; one Total for layers that read the same tensor
+        ...                                         # change the block's weights in place
+                                                    # the next block gets what the changed one gives
+
+Memory stays at the weights, the inputs of one block for all samples, and the activations of one sample. A block is a
+child of a list of modules of one type, found by structure; a layer outside all such lists is a block of its own.
+
+The scheme is that of Frantar and Alistarh, "SparseGPT", ICML 2023, section 4 (and of GPTQ before it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploytool.compress.calls import Call, plain_forward, record_calls, replay
+from deploytool.compress.chain import follow, trace
+from deploytool.compress.matrices import Measure, geometry, rows
+from deploytool.errors import InputRefused
+from deploytool.source import Source
+
+Sample = dict[str, Tensor]
+
+
+@dataclass
+class Total:
+    """The sum of a measure over all rows that a layer saw, float64, and how many rows there were."""
+
+    sum: Tensor
+    rows: int
+
+
+@dataclass
+class Block:
+    """One block and what reaches it.
+
+    name     dotted, as in the source's module; "" is the whole model
+    module   the block itself: change its weights in place
+    layers   {dotted name: layer} of the chosen layers in it
+    calls    the arguments of every call, all samples, as the changed blocks before it give them
+    """
+
+    name: str
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    calls: list[Call] = field(repr=False)
+
+    def outputs(self) -> Iterator[Any]:
+        """What the block gives for every call, as it is now."""
+        return (replay(self.module, call) for call in self.calls)
+
+    def accumulate(self, measure: Measure, layers: Iterable[str] | None = None) -> dict[str, Total]:
+        """{layer: Total of `measure` over the rows that it reads}, for all layers of the block or some.
+
+        `measure` maps rows [n, in] to a tensor whose size does not depend on n (`matrices.gram`, `matrices.squares`).
+        It is taken once for layers that read the same tensor, and they get the same Total object. Each call's value is
+        computed in the rows' own type and added in float64. Layers that never ran are left out. Raises InputRefused
+        when a sum is not finite.
+        """
+        watched = {name: self.layers[name] for name in (self.layers if layers is None else layers)}
+        parts: dict[tuple[str, ...], Total] = {}
+        for call in self.calls:
+            for names, x in _shared_rows(self.module, call, watched):
+                value = measure(x).double()
+                part = parts.setdefault(names, Total(torch.zeros_like(value), 0))
+                part.sum += value
+                part.rows += len(x)
+        totals = _per_layer(parts, watched)
+        bad = [name for name, total in totals.items() if not bool(torch.isfinite(total.sum).all())]
+        if bad:
+            raise InputRefused("DT303", "calibration samples must give finite activations (got NaN or infinity at "
+                               f"{bad[0]})", fix="check samples() for NaN, and the model for overflow")  # fmt: skip
+        return totals
+
+    def record(self, name: str) -> list[Call]:
+        """The arguments of every call of a submodule of the block; `name` is dotted, as in the source's module."""
+        inner = self.module.get_submodule(name[len(self.name) :].lstrip("."))
+        found = [record_calls(partial(replay, self.module, call), inner, first_only=False) for call in self.calls]
+        return [call for calls in found for call in calls]
+
+
+def walk_blocks(source: Source, layers: Iterable[str], samples: Sequence[Sample]) -> Iterator[Block]:
+    """The blocks that hold the named layers, in the order in which they run.
+
+    The source is a copy of the caller's, who changes its module in place: every block is yielded with what reaches it
+    from the blocks before it, as they were left. Raises InputRefused when there are no samples, when one holds NaN or
+    infinity, or when none of the layers' blocks runs on the first.
+    """
+    _check(samples)
+    module = source.module
+    wanted = _by_block(module, list(layers))
+    runs = [partial(source.flat, *(sample[n] for n in source.signature.input_names)) for sample in samples]
+    order = trace(runs[0], {name: module.get_submodule(name) for name in wanted})
+    calls: list[Call] = []
+    for name, link in order:
+        if not follow(module, link, calls):
+            calls = []  # what is held is dropped before the new is made
+            calls = _calls_of(runs, module.get_submodule(name), first_only=link.once)
+        held = {layer: module.get_submodule(layer) for layer in wanted[name]}
+        yield Block(name, module.get_submodule(name), held, calls)
+
+
+def find_blocks(module: nn.Module) -> list[str]:
+    """Names of the repeated blocks, outermost only, in the order of definition.
+
+    Blocks are the children of a ModuleList or Sequential that has two or more, all of one type, with layers inside.
+    """
+    found: list[str] = []
+    for name, part in module.named_modules():
+        children = list(part.named_children())
+        if not isinstance(part, (nn.ModuleList, nn.Sequential)) or len(children) < 2:
+            continue
+        if any(f"{name}.".startswith(f"{outer}.") for outer in found):
+            continue
+        if len({type(child) for _, child in children}) == 1 and all(list(child.children()) for _, child in children):
+            found += [f"{name}.{child}".lstrip(".") for child, _ in children]
+    return found
+
+
+def _by_block(module: nn.Module, layers: list[str]) -> dict[str, list[str]]:
+    """{block: its layers}; a layer in no repeated block is one itself, and without any block the whole model is one."""
+    blocks = find_blocks(module)
+    grouped: dict[str, list[str]] = {}
+    for layer in layers:
+        home = next((b for b in blocks if layer == b or layer.startswith(f"{b}.")), layer if blocks else "")
+        grouped.setdefault(home, []).append(layer)
+    return grouped
+
+
+def _calls_of(runs: Sequence[Callable[[], object]], block: nn.Module, *, first_only: bool) -> list[Call]:
+    return [call for run in runs for call in record_calls(run, block, first_only=first_only)]
+
+
+def _shared_rows(
+    module: nn.Module, call: Call, layers: dict[str, nn.Module], copied: bool = False
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """For one call every distinct tensor that the layers read, as rows, with the names of its readers."""
+    seen: dict[tuple[object, ...], tuple[list[str], Tensor, Tensor]] = {}
+
+    def look(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        kept = x.clone() if copied else x
+        seen.setdefault((id(x), x._version, *geometry(layer)), ([], x, kept))[0].append(name)
+
+    handles = [layer.register_forward_pre_hook(lambda m, args, n=name: look(n, m, args))
+               for name, layer in layers.items()]  # fmt: skip
+    try:
+        replay(module, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not copied and any(key[1] != x._version for key, (_, x, _) in seen.items()):
+        yield from _shared_rows(module, call, layers, copied=True)  # something wrote into a layer's input afterwards
+        return
+    for names, _, kept in seen.values():
+        with plain_forward():
+            x = rows(layers[names[0]], kept)
+        yield tuple(names), x
+
+
+def _per_layer(parts: dict[tuple[str, ...], Total], layers: Iterable[str]) -> dict[str, Total]:
+    """One Total per layer; layers that read the same tensors in every call share it."""
+    made: dict[tuple[tuple[str, ...], ...], Total] = {}
+    totals = {}
+    for layer in layers:
+        keys = tuple(names for names in parts for name in names if name == layer)
+        if not keys:
+            continue
+        if keys not in made:
+            sums = [parts[key] for key in keys]
+            made[keys] = Total(torch.stack([s.sum for s in sums]).sum(dim=0), sum(s.rows for s in sums))
+        totals[layer] = made[keys]
+    return totals
+
+
+def _check(samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise InputRefused("DT303", "calibration needs at least one sample (got none)",
+                           fix="let samples() of the model give some")  # fmt: skip
+    for index, sample in enumerate(samples):
+        bad = [name for name, value in sample.items()
+               if value.is_floating_point() and not bool(torch.isfinite(value).all())]  # fmt: skip
+        if bad:
+            raise InputRefused("DT303", f"calibration samples must be finite (got NaN or infinity in {bad[0]!r} of "
+                               f"sample {index})")  # fmt: skip

@@ -1,0 +1,79 @@
+"""Calls of a submodule, recorded while the whole model runs, and made again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """Ends a run at the module that is looked at."""
+
+
+@contextmanager
+def plain_forward() -> Iterator[None]:
+    """No gradients, and every submodule is called: the fused path of nn.TransformerEncoderLayer would skip them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def record_calls(run: Callable[[], object], module: nn.Module, *, first_only: bool) -> list[Call]:
+    """The arguments of every call of `module` while `run()` runs, copied before the module sees them.
+
+    `first_only` ends the run at the first call.
+    """
+    calls: list[Call] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(copy.deepcopy((args, kwargs)))
+        if first_only:
+            raise _Reached
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with plain_forward():
+            run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return calls
+
+
+def replay(module: nn.Module, call: Call) -> Any:
+    """The module's outputs for a recorded call, which stays as it is: caches and tensors may be changed in place."""
+    args, kwargs = copy.deepcopy(call)
+    with plain_forward():
+        return module(*args, **kwargs)
+
+
+def leaves(value: Any) -> list[Any]:
+    """What tuples, lists and dicts hold, depth first; anything else is a leaf."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in leaves(item)]
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    return [value]
+
+
+def refill(value: Any, new: Iterator[Any]) -> Any:
+    """The same nesting with the leaves taken from `new`, in the order of `leaves`."""
+    if type(value) in (tuple, list):
+        return type(value)(refill(item, new) for item in value)
+    if isinstance(value, (tuple, list)):  # a named tuple takes its fields one by one
+        return type(value)(*(refill(item, new) for item in value))
+    if isinstance(value, Mapping):
+        return type(value)({key: refill(item, new) for key, item in value.items()})  # type: ignore[call-arg]
+    return next(new)
