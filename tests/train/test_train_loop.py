@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.errors import BackendFailed, CheckFailed, InputRefused
-from deploytool.train.loop import Batch, Schedule, fit, learning_rate
+from deploytool.train.loop import fit
+from deploytool.train.schedule import Schedule, learning_rate
+from deploytool.train.stream import Batch
 
 
 def _model() -> nn.Sequential:
@@ -27,7 +29,7 @@ def _batches(epoch: int) -> Iterator[Batch]:
 
 
 def _train(model: nn.Module, schedule: Schedule, masks: dict[str, Tensor] | None = None) -> list[float]:
-    return fit(model, _batches, lambda b: (model(b["x"]) - b["y"]).square().mean(), schedule, masks=masks)
+    return fit(model, _batches, lambda b: (model(b["x"]) - b["y"]).square().mean(), schedule, masks=masks).losses
 
 
 def test_same_seed_same_weights() -> None:

@@ -23,7 +23,9 @@ from deploytool.errors import InputRefused, UsageProblem, nearest
 from deploytool.load.flat import as_tensor
 from deploytool.load.surgery import with_module
 from deploytool.source import Source
-from deploytool.train.loop import Batch, Schedule, fit
+from deploytool.train.loop import fit
+from deploytool.train.schedule import Schedule
+from deploytool.train.stream import Batch
 
 _DEFAULT_TEMPERATURE = 2.0
 _DEFAULT_ALPHA = 0.5
@@ -64,12 +66,12 @@ def apply(source: Source, settings: Distill, context: Context) -> tuple[Source, 
 
     seed = context.seed if settings.seed is None else settings.seed
     schedule = Schedule(settings.epochs, settings.learning_rate, settings.steps, settings.schedule, seed=seed)
-    losses = fit(student.module, batches, loss, schedule, masks=source.masks,
+    trained = fit(student.module, batches, loss, schedule, masks=source.masks,
                  progress=lambda line: context.progress(f"distill: {line}"))  # fmt: skip
     report = {
         "outputs": list(outputs), "match": match, "temperature": temperature if match == "kl" else None,
-        "alpha": alpha, "data": origin, "seed": seed, "optimizer_steps": len(losses), "loss_first": losses[0],
-        "loss_last": losses[-1], "masked_weights": len(source.masks), "layers": [], "skipped": [],
+        "alpha": alpha, "data": origin, "seed": seed, **trained.report(),
+        "masked_weights": len(source.masks), "layers": [], "skipped": [],
     }  # fmt: skip
     return with_module(student, student.module), report
 
