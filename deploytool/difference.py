@@ -9,14 +9,28 @@ from typing import Any
 import numpy as np
 
 _SQNR_CAP_DB = 300.0  # equal arrays have infinite SQNR, which JSON cannot hold
+_ROUNDINGS = 16.0  # units of rounding of the largest row that sums may leave in a row of nothing
+_SCORES = ("logits", "scores")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One row of a batch, or one array: root mean squares, so that samples of all sizes can be compared."""
+
+    name: str
+    size: float
+    error: float
+    cosine: float
 
 
 @dataclass
 class Difference:
     """Errors of one output, accumulated over cases.
 
-    Worst-sample figures (`cosine`, and `error`: L2 norm of the difference over the reference's norm, floating-point
-    outputs only) look at one row of the batch at a time where axis 0 is the batch, else at the whole array.
+    Worst-sample figures (`cosine`, and `relative_error`: L2 norm of the difference over the reference's norm,
+    floating-point outputs only) look at one row of the batch at a time where axis 0 is the batch, else at the whole
+    array. A sample whose reference is nothing but rounding beside the largest one has no direction: its error is
+    measured by the largest sample's size, and no cosine is taken of it.
     Elements that are the same infinity in both are equal and left out; any other non-finite element is a failure.
     """
 
@@ -25,13 +39,15 @@ class Difference:
     elements: int = 0
     max_abs: float = 0.0
     sum_abs: float = 0.0
-    cosine: float = 1.0
-    error: float = 0.0
-    worst_sample: str = ""
     signal: float = 0.0
     noise: float = 0.0
     decisions: int = 0
     agreed: int = 0
+    positions: int = 0
+    sum_kl: float = 0.0
+    max_kl: float = 0.0
+    epsilon: float = 0.0  # of the output's type; 0 for whole numbers
+    samples: list[_Sample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def add(self, case: int, reference: np.ndarray | None, candidate: np.ndarray | None) -> None:
@@ -63,29 +79,61 @@ class Difference:
         with np.errstate(over="ignore"):  # what is too large to square is judged in _sqnr_db
             self.signal += float((ref * ref).sum())
             self.noise += float((error * error).sum())
-        self._worst(case, ref, got, reference.dtype.kind == "f")
+        if reference.dtype.kind == "f":
+            self.epsilon = float(np.finfo(reference.dtype).eps)
+        self._sample(case, ref, got)
         self._decide(reference, candidate)
+        if self.epsilon and ref.ndim > 1 and ref.shape[-1] > 1:
+            self._diverge(ref, got)
 
-    def _worst(self, case: int, ref: np.ndarray, got: np.ndarray, real: bool) -> None:
+    def _sample(self, case: int, ref: np.ndarray, got: np.ndarray) -> None:
         rows = range(ref.shape[0]) if self.batched and ref.ndim > 1 else [None]
         for row in rows:
             was, now = (ref, got) if row is None else (ref[row], got[row])
-            value = cosine(was, now)
-            if real:
-                self.error = max(self.error, relative_error(was, now))
-            if value < self.cosine or not self.worst_sample:
-                self.cosine, self.worst_sample = value, f"case {case}" + ("" if row is None else f" row {row}")
+            name = f"case {case}" + ("" if row is None else f" row {row}")
+            self.samples.append(_Sample(name, root_mean_square(was), root_mean_square(now - was), cosine(was, now)))
 
     def _decide(self, ref: np.ndarray, got: np.ndarray) -> None:
-        """Argmax over the last axis of scores, of at least two each; whole numbers and bools are decisions already."""
+        """Argmax over the last axis of scores, of at least two each; whole numbers and bools are decisions already.
+
+        Choosing what the reference holds equal to its own choice, within rounding, is no other decision.
+        """
         if ref.dtype.kind in "biu":
             equal = np.asarray(ref == got)
         elif ref.ndim > 1 and ref.shape[-1] > 1:
-            equal = np.asarray(ref.argmax(-1) == got.argmax(-1))
+            chosen = np.take_along_axis(ref, got.argmax(-1)[..., None], -1)[..., 0]
+            largest = np.abs(ref, where=np.isfinite(ref), out=np.zeros_like(ref)).max(-1)
+            equal = np.asarray((chosen == ref.max(-1)) | (ref.max(-1) - chosen <= _ROUNDINGS * self.epsilon * largest))
         else:
             return
         self.decisions += equal.size
         self.agreed += int(equal.sum())
+
+    def _diverge(self, ref: np.ndarray, got: np.ndarray) -> None:
+        """Kullback-Leibler divergence in nats of what softmax makes of scores, or of probabilities as they are."""
+        if np.all(ref >= 0) and np.allclose(ref.sum(-1), 1.0, atol=1e-3):
+            with np.errstate(divide="ignore"):
+                was, now = np.log(ref), np.log(np.maximum(got, np.finfo(np.float32).tiny))
+        elif any(word in self.name.lower() for word in _SCORES):
+            was, now = _log_softmax(ref), _log_softmax(got)
+        else:
+            return
+        share = np.exp(was)
+        with np.errstate(invalid="ignore"):
+            divergence = np.where(share > 0, share * (was - now), 0.0).sum(-1)
+        self.positions += divergence.size
+        self.sum_kl += float(divergence.sum())
+        self.max_kl = max(self.max_kl, float(divergence.max()))
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the worst sample."""
+        return self._worst()[0][0]
+
+    @property
+    def error(self) -> float:
+        """Relative error of the worst sample; 0 for whole numbers, which are decisions."""
+        return self._worst()[1][0] if self.epsilon else 0.0
 
     @property
     def agreement(self) -> float | None:
@@ -96,24 +144,43 @@ class Difference:
         """The figures as JSON data."""
         if not self.elements and not self.problems:
             self.problems.append("no element was compared")
+        turned, wrong = self._worst()
         return {
             "max_abs": self.max_abs,
             "mean_abs": self.sum_abs / max(self.elements, 1),
-            "cosine": self.cosine,
-            "worst_sample": self.worst_sample,
-            "relative_error": self.error,
+            "cosine": turned[0],
+            "worst_sample": turned[1],
+            "relative_error": wrong[0] if self.epsilon else 0.0,
+            "worst_error_sample": wrong[1] if self.epsilon else "",
             "sqnr_db": self._sqnr_db(),
             "agreement": self.agreement,
+            "kl_mean": self.sum_kl / self.positions if self.positions else None,
+            "kl_max": self.max_kl if self.positions else None,
             "elements": self.elements,
             "problems": self.problems,
         }
+
+    def _worst(self) -> tuple[tuple[float, str], tuple[float, str]]:
+        """The smallest cosine and the largest relative error, each with its sample."""
+        scale = max((sample.size for sample in self.samples), default=0.0)
+        cosines, errors = [], []
+        for sample in self.samples:
+            nothing = sample.size <= _ROUNDINGS * self.epsilon * (scale or 1.0)
+            errors.append((sample.error / ((scale or 1.0) if nothing else sample.size), sample.name))
+            meaningless = nothing and (scale > 0 or sample.error <= _ROUNDINGS * self.epsilon)
+            cosines.append((1.0 if meaningless else sample.cosine, sample.name))
+        return (min(cosines, key=lambda pair: pair[0], default=(1.0, "")),
+                max(errors, key=lambda pair: pair[0], default=(0.0, "")))  # fmt: skip
 
     def _sqnr_db(self) -> float:
         """10 log10(sum ref^2 / sum (ref - got)^2), capped at 300 dB either way."""
         if self.noise == 0:
             return _SQNR_CAP_DB
-        if self.signal == 0 or not math.isfinite(self.signal + self.noise):
+        if not math.isfinite(self.signal + self.noise):
             return -_SQNR_CAP_DB
+        if self.signal == 0:  # zeros everywhere: rounding of values of size 1 is no noise
+            quiet = self.noise <= self.elements * (_ROUNDINGS * self.epsilon) ** 2
+            return _SQNR_CAP_DB if quiet else -_SQNR_CAP_DB
         return max(-_SQNR_CAP_DB, min(_SQNR_CAP_DB, 10 * math.log10(self.signal / self.noise)))
 
 
@@ -136,14 +203,28 @@ def error_max(cosine_min: float) -> float:
     return 2 * math.sqrt(2 * max(0.0, 1 - cosine_min)) + 1e-6
 
 
+def root_mean_square(array: np.ndarray) -> float:
+    """Its root mean square, in double precision, of numbers of any size; 0 of an empty array."""
+    if not array.size:
+        return 0.0
+    wide = array.astype(np.float64)
+    largest = float(np.abs(wide).max()) or 1.0
+    return float(np.linalg.norm(wide / largest)) * largest / math.sqrt(wide.size)
+
+
 def relative_error(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """L2 norm of the difference over that of the reference; the plain norm where the reference is zero."""
-    largest = float(np.abs(reference).max(initial=0.0)) or 1.0
-    size = float(np.linalg.norm(reference / largest))
-    return float(np.linalg.norm((candidate - reference) / largest)) / (size or 1.0)
+    """L2 norm of the difference over that of the reference; the difference's root mean square where that is zero."""
+    ref, got = reference.astype(np.float64), candidate.astype(np.float64)
+    return root_mean_square(got - ref) / (root_mean_square(ref) or 1.0)
 
 
 def _scaled(vector: np.ndarray) -> np.ndarray:
     """The vector divided by its largest size, or squares of very small or large numbers would be 0 or infinite."""
     largest = np.abs(vector).max(initial=0.0)
     return vector / largest if largest else vector
+
+
+def _log_softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = scores - scores.max(-1, keepdims=True)
+    logarithms: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logarithms

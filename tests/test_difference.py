@@ -124,3 +124,59 @@ def test_an_output_that_the_reference_lacks_is_a_problem() -> None:
     difference = Difference("y", True)
     difference.add(0, None, noise(0, 2))
     assert difference.summary()["problems"] == ["case 0: the reference has no such output"]
+
+
+@pytest.mark.parametrize("noise_size", [0.0, 1e-9, 1e-7])
+def test_noise_beside_a_row_of_zeros_is_no_wrong_direction(noise_size: float) -> None:
+    """A reference row of nothing has no direction: tiny noise there must not give a cosine of 0, nor a huge error."""
+    a = noise(0, 3, 50)
+    a[1] = 0
+    b = a.copy()
+    b[1] += noise(1, 50) * np.float32(noise_size)
+    got = compared((a, b))
+    assert got["cosine"] == 1.0 and got["relative_error"] < 1e-6
+
+
+def test_a_row_of_zeros_that_became_something_is_told() -> None:
+    """Noise as large as a tenth of the other rows where the reference has zeros must show, in the relative error."""
+    a = noise(0, 3, 50)
+    a[1] = 0
+    b = a.copy()
+    b[1] += noise(1, 50) / np.float32(10)
+    got = compared((a, b))
+    assert 0.05 < got["relative_error"] < 0.2 and got["worst_error_sample"] == "case 0 row 1"
+
+
+def test_zeros_everywhere() -> None:
+    """Against an output of zeros rounding is nothing, and numbers of any size are wrong."""
+    zeros = np.zeros((2, 4), np.float32)
+    assert (compared((zeros, zeros + np.float32(1e-8)))["cosine"], compared((zeros, zeros + 1))["cosine"]) == (1, 0)
+    assert compared((zeros, zeros + np.float32(1e-8)))["sqnr_db"] == 300
+    assert compared((zeros, zeros + np.float32(0.01)))["sqnr_db"] == -300
+
+
+def test_choosing_an_equal_score_is_no_other_decision() -> None:
+    """Where two scores tie within rounding, either choice agrees; a lower score chosen does not."""
+    reference = np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0]], np.float32)
+    tied = np.array([[1.0, 1.0 + 1e-6, 0.0], [0.0, 2.0, 2.0 + 1e-6]], np.float32)
+    assert compared((reference, tied))["agreement"] == 1.0
+    assert compared((reference, np.array([[0.9, 1.0, 1.1], [0.0, 2.0, 2.1]], np.float32)))["agreement"] == 0.5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_divergence_of_logits_and_probabilities(seed: int) -> None:
+    """KL must be that of the softmax of outputs called logits, the same of the probabilities themselves, and 0 of
+    equals; other outputs have none."""
+    a, b = (noise(s, 4, 6).astype(np.float64) for s in (seed, seed + 100))
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
+    expected = (p * np.log(p / q)).sum(-1)
+
+    def of(name: str, x: np.ndarray, y: np.ndarray) -> Any:
+        difference = Difference(name, True)
+        difference.add(0, x, y)
+        return difference.summary()
+
+    assert of("logits", a, b)["kl_mean"] == pytest.approx(expected.mean())
+    assert of("logits", a, b)["kl_max"] == pytest.approx(expected.max())
+    assert of("p", p, q)["kl_mean"] == pytest.approx(expected.mean())
+    assert of("logits", a, a)["kl_max"] == pytest.approx(0, abs=1e-12) and of("y", a, b)["kl_mean"] is None
