@@ -40,9 +40,15 @@ class Device(Table):
 
 
 class Runtime(Table):
-    """Settings of the engine at run time, part of the artifact. 0 threads: as many as physical cores."""
+    """Settings of the engine at run time, part of the artifact.
+
+    threads    0: as many as physical cores
+    spinning   whether idle threads of ONNX Runtime wait busily for the next run: quicker back to back, at the cost of
+               whatever else runs on the machine
+    """
 
     threads: int = Field(default=0, ge=0, le=1024)
+    spinning: bool = True
 
 
 class Target(Table):

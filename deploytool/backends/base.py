@@ -237,7 +237,7 @@ def build_artifact(request: Request, model: Mapping[str, Any], history: tuple[St
         signature=request.signature,
         target=request.target.to_json(),
         model=model,
-        settings={"threads": request.target.runtime.threads, **built.settings},
+        settings={**request.target.runtime.model_dump(mode="json"), **built.settings},
         history=(*history, step),
     ).save()
 

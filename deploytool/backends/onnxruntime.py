@@ -52,7 +52,9 @@ class OnnxRuntime:
     def open(self, artifact: Artifact) -> Runner:
         """Open the graph with the artifact's threads and optimization level."""
         level = str(artifact.settings.get("optimization", "all"))
-        return SessionRunner(open_session(artifact.main_file, threads_of(artifact), level), artifact.signature)
+        spinning = bool(artifact.settings.get("spinning", True))
+        session = open_session(artifact.main_file, threads_of(artifact), level, spinning=spinning)
+        return SessionRunner(session, artifact.signature)
 
 
 class SessionRunner(EngineRunner):
@@ -72,9 +74,10 @@ class SessionRunner(EngineRunner):
         return outputs
 
 
-def open_session(path: Path, threads: int, optimization: str = "all") -> ort.InferenceSession:
+def open_session(path: Path, threads: int, optimization: str = "all", *, spinning: bool = True) -> ort.InferenceSession:
     """A session on the CPU; raises BackendFailed with the library's text."""
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = _LEVELS[optimization]

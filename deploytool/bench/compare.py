@@ -24,12 +24,19 @@ _OPENER = "deploytool.backends.base:open_artifact"
 class Process:
     """An artifact that is opened and warm in a child process; the child waits on a pipe while others are timed."""
 
-    def __init__(self, worker: Worker, artifact: Artifact, case: Path, opener: str):
+    def __init__(
+        self, worker: Worker, artifact: Artifact, case: Path, opener: str = _OPENER,
+        settings: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self._worker = worker
         worker.create("deploytool.bench.serve:Served", folder=str(artifact.folder.absolute()),
-                      case=str(case.absolute()), opener=opener)  # fmt: skip
+                      case=str(case.absolute()), settings=dict(settings or {}), opener=opener)  # fmt: skip
         self.loading: dict[str, float] = worker.invoke("loading")
         self.pid = worker.pid
+
+    def take(self, case: Path) -> None:
+        """Run the inputs of another case from now on."""
+        self._worker.invoke("take", case=str(case.absolute()))
 
     def warm_up(self, seconds: float) -> None:
         self._worker.invoke("warm_up", seconds=seconds, max_runs=_WARM_UP_RUNS)

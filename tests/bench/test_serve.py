@@ -27,7 +27,7 @@ def serve(folder: Path, override: int | None = None, **settings: Any) -> Served:
     Artifact(folder, "planted", "onnx", "engine.bin", "fp32", signature,
              settings={"seconds": 0.001, **settings}).save()  # fmt: skip
     Case({"x": np.ones(2, dtype=np.float32)}).save(folder.with_suffix(".npz"))
-    return Served(str(folder), str(folder.with_suffix(".npz")), threads=override, opener="planted:open_planted")
+    return Served(str(folder), str(folder.with_suffix(".npz")), settings={"threads": override} if override else None, opener="planted:open_planted")
 
 
 def test_counts_of_runs(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_collector_rests_only_meanwhile(tmp_path: Path, monkeypatch: pytest.Monk
     assert seen == [False] * 3 and gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_threads_replace_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`threads` reaches the opener as the artifact's setting; without it the artifact's own stays."""
+def test_settings_replace_the_artifacts_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given settings reach the opener in place of the artifact's; without them its own stay."""
     seen: list[Any] = []
 
     class Recording(Planted):
@@ -122,3 +122,15 @@ def test_rest_ends(tmp_path: Path) -> None:
 def test_guard_measures_more_work_as_longer() -> None:
     """The guard kernel is real work: sixty-four times the arithmetic takes longer."""
     assert Guard(1, size=256, products=4).kernel() > Guard(1, size=64, products=4).kernel() > 0
+
+
+def test_takes_another_case(tmp_path: Path) -> None:
+    """After `take` the inputs of the other case run, after three runs that are not timed."""
+    served = serve(tmp_path / "sizes")
+    seen: list[int] = []
+    run = served._runner.run
+    served._runner.run = lambda feeds: (seen.append(len(feeds["x"])), run(feeds))[1]
+    Case({"x": np.ones((5, 4), dtype=np.float32)}).save(tmp_path / "five.npz")
+    served.take(str(tmp_path / "five.npz"))
+    assert seen == [5, 5, 5]
+    assert len(served.time_block(0.0, min_runs=2)) == 2 and seen == [5] * 5
