@@ -27,7 +27,8 @@ def serve(folder: Path, override: int | None = None, **settings: Any) -> Served:
     Artifact(folder, "planted", "onnx", "engine.bin", "fp32", signature,
              settings={"seconds": 0.001, **settings}).save()  # fmt: skip
     Case({"x": np.ones(2, dtype=np.float32)}).save(folder.with_suffix(".npz"))
-    return Served(str(folder), str(folder.with_suffix(".npz")), settings={"threads": override} if override else None, opener="planted:open_planted")
+    replaced = {"threads": override} if override else None
+    return Served(str(folder), str(folder.with_suffix(".npz")), settings=replaced, opener="planted:open_planted")
 
 
 def test_counts_of_runs(tmp_path: Path) -> None:
@@ -127,10 +128,10 @@ def test_guard_measures_more_work_as_longer() -> None:
 def test_takes_another_case(tmp_path: Path) -> None:
     """After `take` the inputs of the other case run, after three runs that are not timed."""
     served = serve(tmp_path / "sizes")
-    seen: list[int] = []
+    seen: list[float] = []
     run = served._runner.run
-    served._runner.run = lambda feeds: (seen.append(len(feeds["x"])), run(feeds))[1]
-    Case({"x": np.ones((5, 4), dtype=np.float32)}).save(tmp_path / "five.npz")
+    served._runner.run = lambda feeds: (seen.append(float(feeds["x"][0])), run(feeds))[1]  # type: ignore[method-assign]
+    Case({"x": np.full(2, 5, dtype=np.float32)}).save(tmp_path / "five.npz")
     served.take(str(tmp_path / "five.npz"))
     assert seen == [5, 5, 5]
     assert len(served.time_block(0.0, min_runs=2)) == 2 and seen == [5] * 5
