@@ -75,7 +75,7 @@ def wait_for_all() -> None:
 @cache
 def _state() -> PartialState:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
-    return PartialState()
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def join(parallel: Parallel) -> Team:
