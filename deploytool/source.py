@@ -20,14 +20,22 @@ Predict = Callable[[Mapping[str, Any]], dict[str, Any]]
 class ModelRef:
     """What the user named.
 
-    kind   "python" (a model file), "huggingface" (a folder or id), "compressed" (a folder that compress wrote)
-    name   short, for tables: "digits"
-    path   the file or folder, absolute
+    kind     "python" (a model file), "huggingface" (a folder or id), "compressed" (a folder that compress wrote),
+             "onnx" (an ONNX file)
+    name     short, for tables: "digits"
+    path     the file or folder, absolute
+    samples  for kinds that bring none: an .npz file or a folder of such, absolute; None where samples are made
     """
 
     kind: str
     name: str
     path: str
+    samples: str | None = None
+
+    @property
+    def has_module(self) -> bool:
+        """Whether there is a PyTorch module: an ONNX file has only its graph."""
+        return self.kind != "onnx"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from deploytool.worker import Limits
 @click.option("--exporter", type=click.Choice(["auto", "torchscript", "dynamo"]), default="auto", show_default=True,
               help="How the ONNX graph is made; auto traces, and uses dynamo where tracing is wrong.")  # fmt: skip
 @click.option("--no-cache", is_flag=True, help="Lower again even when nothing changed.")
+@options.samples_option
 @options.seed_option
 @options.limits_options
 @options.dry_run_option
@@ -32,12 +33,13 @@ from deploytool.worker import Limits
 @options.json_option
 def command(
     model: str | None, targets: tuple[str, ...], output: Path | None, overwrite: bool, bench_seconds: float,
-    no_bench: bool, no_quality: bool, exporter: str, no_cache: bool, seed: int, limits: Limits, dry_run: bool,
-    quiet: bool, as_json: bool,
+    no_bench: bool, no_quality: bool, exporter: str, no_cache: bool, samples: Path | None, seed: int, limits: Limits,
+    dry_run: bool, quiet: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Lower MODEL, build it for each target, verify and time it; one artifact folder per target.
 
-    MODEL is a shipped name, a Python model file, a Hugging Face folder or id, or a folder that compress wrote.
+    MODEL is a shipped name, a Python model file, a Hugging Face folder or id, an ONNX file, or a folder that compress
+    wrote.
     """
     from deploytool.pipeline.export import Options, export, make_plan
 
@@ -46,7 +48,8 @@ def command(
     chosen = options.targets_or_default(targets)
     out = output or Path("deploytool-out") / Path(name).stem
     how = Options(out=out, overwrite=overwrite, bench_seconds=0.0 if no_bench else bench_seconds,
-                  quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits)  # fmt: skip
+                  quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits,
+                  samples=samples)  # fmt: skip
     plan = make_plan(name, chosen, how)
     say(f"plan: {json.dumps(plan.to_json(how))}")
     if dry_run:

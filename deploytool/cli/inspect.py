@@ -35,7 +35,7 @@ def _artifacts(path: Path) -> dict[str, Any] | None:
     from deploytool.bundle.manifest import MANIFEST as BUNDLE
     from deploytool.bundle.manifest import VARIANTS
 
-    if path.suffix == ".py" or not (
+    if path.suffix in (".py", ".onnx") or not (
         path.is_file() or (path / BUNDLE).is_file() or (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}"))
     ):
         return None

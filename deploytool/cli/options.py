@@ -25,6 +25,9 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on 
 seed_option = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                            help="Seed of everything random.")  # fmt: skip
 
+samples_option = click.option("--samples", type=click.Path(path_type=Path), default=None,
+                              help="For an ONNX file: inputs in an .npz file, or a folder of such files.")  # fmt: skip
+
 
 class Seconds(click.ParamType):  # type: ignore[type-arg]
     """A finite number of seconds, 0 or more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,15 +17,24 @@ _HOOKS = ("evaluate", "train_batches", "loss", "prompts")
 def describe_job(ref: Mapping[str, str]) -> dict[str, Any]:
     """Signature, size, hooks and layers of a model (in a worker)."""
     source = open_source(ModelRef(**ref))
+    rows = layers(source) if source.ref.has_module else _weights_of_graph(source)
+    own = [(p.numel(), p.numel() * p.element_size()) for p in source.module.parameters()]  # tied ones once
+    sizes = own if source.ref.has_module else [(row["parameters"], row["size_bytes"]) for row in rows]
     return {
         "signature": source.signature.to_json(),
-        "parameters": sum(p.numel() for p in source.module.parameters()),
-        "size_bytes": sum(p.numel() * p.element_size() for p in source.module.parameters()),
+        "parameters": sum(count for count, _ in sizes),
+        "size_bytes": sum(size for _, size in sizes),
         "samples": sum(1 for _ in source.samples()),
         "synthetic": source.synthetic,
         "hooks": [name for name in _HOOKS if getattr(source, name) is not None],
-        "layers": layers(source),
+        "layers": rows,
     }
+
+
+def _weights_of_graph(source: Source) -> list[dict[str, Any]]:
+    from deploytool.load.onnxfile import onnx_layers  # brings ONNX Runtime, which a module does without
+
+    return onnx_layers(Path(source.ref.path))
 
 
 def layers(source: Source) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from deploytool.source import ModelRef, Predict, Source
 _OPENERS = {
     "huggingface": "deploytool.load.huggingface:open_huggingface",
     "compressed": "deploytool.load.compressed:open_compressed",
+    "onnx": "deploytool.load.onnxfile:open_onnx",
 }
 
 

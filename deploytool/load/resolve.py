@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from deploytool import shipped
-from deploytool.errors import InputRefused, nearest
+from deploytool.errors import InputRefused, UsageProblem, nearest
 from deploytool.source import ModelRef
 
 COMPRESSED = "compressed.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _CAN_RUN_CODE = {".pt2", ".pt", ".pth", ".ts", ".bin", ".ckpt", ".pkl"}
+_GRAPH = 0x3A  # the tag of ModelProto.graph: field 7, of a length
 _FILES = {*_CAN_RUN_CODE, ".py", ".onnx", ".safetensors", ".gguf", ".toml", ".json"}  # "Qwen2.5-1B" is no file name
 
 
-def resolve(text: str) -> ModelRef:
-    """The model that `text` means: a shipped name, a model file, a folder, or a Hugging Face id."""
+def resolve(text: str, samples: Path | None = None) -> ModelRef:
+    """The model that `text` means: a shipped name, a model file, a folder, an ONNX file, or a Hugging Face id.
+
+    `samples` is a file or folder of inputs for a model that brings none: an ONNX file.
+    """
+    ref = _resolve(text)
+    if samples is None:
+        return ref
+    if ref.has_module:
+        raise UsageProblem("DT201", f"samples must be given for an ONNX file (got {ref.name}, which brings its own)",
+                           fix="leave --samples out; samples() of a model file gives them")  # fmt: skip
+    if not samples.exists():
+        raise InputRefused("DT303", f"samples must be an .npz file or a folder of such files (got {samples})",
+                           fix="write them with numpy.savez(file, **{input name: array})")  # fmt: skip
+    return replace(ref, samples=str(samples.absolute()))
+
+
+def _resolve(text: str) -> ModelRef:
     path = Path(text)
     found = shipped.find("models", text, ".py")  # before a folder of that name: ./NAME is the folder
     if found is not None:
@@ -40,9 +59,11 @@ def _file(path: Path) -> ModelRef:
                            "when loaded, and holds no samples)",
                            fix="write a model file with build() and samples() that loads the weights")  # fmt: skip
     if path.suffix == ".onnx":
-        raise InputRefused("DT307", "a model must be given as its PyTorch module, which can be compressed and "
-                           f"measured against (got {path.name})", detail=[describe(path)],
-                           fix="write a model file with build() and samples()")  # fmt: skip
+        if not _is_whole_protobuf(path):
+            raise InputRefused("DT307", f"{path.name} must be a whole ONNX file (it is cut, or something else)",
+                               detail=[describe(path)],
+                               fix="copy it again, or export it again with the tool that wrote it")  # fmt: skip
+        return ModelRef("onnx", path.stem, str(path))
     raise InputRefused("DT301", f"a model must be a Python model file or a folder (got {path.name})",
                        detail=[describe(path)], fix="see docs/models.md for what a model file holds")  # fmt: skip
 
@@ -71,3 +92,35 @@ def describe(path: Path) -> str:
         b"\x08": "an ONNX file or other protobuf",
     }  # fmt: skip
     return "it looks like " + next((what for sign, what in signs.items() if head.startswith(sign)), "unknown data")
+
+
+def _is_whole_protobuf(path: Path) -> bool:
+    """Whether a file's outermost fields are those of an ONNX model and end where it ends; nothing large is read.
+
+    protobuf's wire format: a tag (field number * 8 + type), then a number (0), 8 bytes (1), a length and as many bytes
+    (2), or 4 bytes (5).
+    """
+    size, graphs = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while file.tell() < size:
+            tag = _varint(file)
+            number = _varint(file) if tag & 7 in (0, 2) else 0
+            skip = {0: 0, 1: 8, 2: number, 5: 4}.get(tag & 7, -1)
+            if tag < 0 or number < 0 or skip < 0:
+                return False
+            graphs += tag == _GRAPH
+            file.seek(skip, 1)
+        return file.tell() == size and graphs == 1
+
+
+def _varint(file: BinaryIO) -> int:
+    """The next number, least significant seven bits first; -1 where there is none."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            return -1
+        number |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return number
+    return -1

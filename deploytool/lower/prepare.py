@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deploytool.artifact import Artifact
 from deploytool.cases import Case
 from deploytool.errors import InputRefused
 from deploytool.load.infer import refused_size
@@ -31,6 +32,7 @@ from deploytool.load.model import open_source
 from deploytool.load.track import tracking
 from deploytool.load.variants import parity_feeds, shapes
 from deploytool.lower.onnx import Exporter, lower_onnx
+from deploytool.lower.onnx_take import take_onnx
 from deploytool.signature import Outputs
 from deploytool.source import ModelRef, Source
 from deploytool.storage import write_json
@@ -55,7 +57,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     with tracking() as opened:  # train_batches() may read files of its own
         _record_calibration(source, folder / "calibration")
     recorded = time.perf_counter()
-    portable = lower_onnx(source, folder / "onnx", exporter=exporter) if exporter else None
+    portable = _portable(source, folder / "onnx", exporter) if exporter else None
     _copy_assets(source.assets, folder / "assets")
     prepared = {
         "name": source.ref.name,
@@ -73,6 +75,10 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     write_json(folder / "signature.json", source.signature.to_json())
     write_json(folder / "prepared.json", prepared)
     return {**prepared, "dependencies": sorted({str(p) for p in (*source.dependencies, *opened)})}
+
+
+def _portable(source: Source, folder: Path, exporter: Exporter) -> Artifact:
+    return lower_onnx(source, folder, exporter=exporter) if source.ref.has_module else take_onnx(source, folder)
 
 
 def _record_cases(source: Source, feeds: Sequence[Outputs], folder: Path) -> None:

@@ -42,7 +42,7 @@ def verify_again(path: Path, model: str | None, options: Options, say: Say) -> d
         for name, artifact in artifacts.items():
             artifact.check()
             say(f"{name}: verifying")
-            ref = _model_of(artifact, model)
+            ref = _model_of(artifact, model, options.samples)
             if ref is None:
                 results.append(_verify_golden(name, artifact, options))
                 continue
@@ -55,9 +55,9 @@ def verify_again(path: Path, model: str | None, options: Options, say: Say) -> d
     return {"schema_version": SCHEMA_VERSION, "path": str(path), "targets": results}
 
 
-def _model_of(artifact: Artifact, model: str | None) -> ModelRef | None:
+def _model_of(artifact: Artifact, model: str | None = None, samples: Path | None = None) -> ModelRef | None:
     if model is not None:
-        return resolve(model)
+        return resolve(model, samples)
     if "ref" not in artifact.model:  # a bundle does not say where its model lay
         return None
     try:
@@ -158,7 +158,7 @@ def _one_artifact(path: Path) -> Iterator[Artifact]:
 
 
 def _eager_of(artifact: Artifact, options: Options, stack: ExitStack) -> Artifact:
-    ref = _model_of(artifact, None)
+    ref = _model_of(artifact)
     if ref is None:
         raise InputRefused("DT301", "the artifact's model must be here to be timed against it",
                            fix="name a second artifact to compare with")  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from deploytool import worker
 from deploytool.artifact import MANIFEST, REPORT, Artifact
-from deploytool.backends.base import find_backend, load_checked_target
+from deploytool.backends.base import Probe, find_backend, load_checked_target
 from deploytool.bench.compare import compare
 from deploytool.bench.environment import environment
 from deploytool.bundle.contents import FAILED
@@ -43,7 +43,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to export. `bench_seconds` is the time budget of one target's timing; 0 leaves timing out."""
+    """How to export. `bench_seconds` is the time budget of one target's timing; 0 leaves timing out.
+
+    `samples` is an .npz file or a folder of such, for a model that brings none.
+    """
 
     out: Path
     overwrite: bool = False
@@ -53,6 +56,7 @@ class Options:
     seed: int = 0
     cache: bool = True
     limits: worker.Limits = worker.NO_LIMITS
+    samples: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Plan:
 
 def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
     """Resolve names, check profiles and this machine; raises before any work is done."""
-    ref = resolve(model)
+    ref = resolve(model, options.samples)
     refuse_existing(options.out, options.overwrite)
     names = list(dict.fromkeys(n for t in targets for n in (target_names() if t == ALL else [t])))
     profiles = [load_checked_target(name) for name in names]
@@ -85,9 +89,18 @@ def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
         for place in (options.out / profile.name, failed_folder(options.out / profile.name)):
             refuse_existing(place, options.overwrite, MANIFEST)
     _refuse_same_name(profiles)
-    probes = {p.name: find_backend(p.backend).probe(p) for p in profiles}
+    probes = {p.name: _probe(p, ref) for p in profiles}
     able = tuple(p for p in profiles if probes[p.name].available)
     return Plan(ref, able, {n: (p.reason, p.fix) for n, p in probes.items() if not p.available})
+
+
+def _probe(profile: Target, ref: ModelRef) -> Probe:
+    """What the backend says of this machine, and whether it takes this kind of model."""
+    backend = find_backend(profile.backend)
+    if backend.accepts == "source" and backend.name != "eager" and not ref.has_module:
+        return Probe(False, False, "it is built from a PyTorch module, and an ONNX file has only its graph",
+                     "name the model as a Python model file or a Hugging Face folder")  # fmt: skip
+    return backend.probe(profile)
 
 
 def _refuse_same_name(profiles: Sequence[Target]) -> None:
@@ -156,7 +169,7 @@ def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool, say
     """
     if not needs_graph:
         return prepare(ref, exporter=None, seed=options.seed, limits=options.limits, use=options.cache)
-    exporters = ["torchscript", "dynamo"] if options.exporter == "auto" else [options.exporter]
+    exporters = ["torchscript", "dynamo"] if options.exporter == "auto" and ref.has_module else [options.exporter]
     wrong: list[str] = []
     for exporter in exporters:
         try:

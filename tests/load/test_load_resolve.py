@@ -27,6 +27,8 @@ def test_names_files_and_folders(here: Path) -> None:
     assert resolve("./m.py") == resolve(str(here / "m.py")) == resolve("m.py")
     assert (resolve("hf").kind, resolve("hf").path) == ("huggingface", str(here / "hf"))
     assert resolve("small").kind == "compressed"
+    (here / "m.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch\x3a\x0212")
+    assert (resolve("m.onnx").kind, resolve("m.onnx").path) == ("onnx", str(here / "m.onnx"))
     for text in ("org/model", "Qwen/Qwen2.5-0.5B"):
         assert (resolve(text).kind, resolve(text).path) == ("huggingface", text)
 
@@ -45,7 +47,9 @@ def test_a_folder_does_not_hide_a_shipped_model(here: Path) -> None:
         ("empty.onnx", b"", "DT307", "the file is empty"),
         ("lfs.onnx", b"version https://git-lfs.github.com/spec/v1\n", "DT307", "Git LFS pointer"),
         ("page.onnx", b"<!DOCTYPE html>", "DT307", "a web page"),
-        ("real.onnx", b"\x08\x0a\x12\x07pytorch", "DT307", "an ONNX file"),
+        ("zip.onnx", b"PK\x03\x04", "DT307", "a zip archive"),
+        ("cut.onnx", b"\x08\x0a\x12\x07pytorch\x3a\x0512", "DT307", "an ONNX file"),
+        ("graphless.onnx", b"\x08\x0a\x12\x07pytorch", "DT307", "an ONNX file"),
         ("w.safetensors", b"\x00", "DT301", "unknown data"),
         ("w.gguf", b"GGUF", "DT301", "a GGUF file"),
         ("w.pt", b"PK\x03\x04", "DT312", "can run code"),
