@@ -1,4 +1,4 @@
-"""TorchScript with dynamic int8 linears and LSTMs, computed by fbgemm on x86 CPUs.
+"""TorchScript with int8 layers computed by fbgemm on x86 CPUs: dynamic here, static in fbgemm_static.py.
 
 Linears get weights of 7 bits per output channel and activations of 8 bits: 255 * 64 * 2 stays below 32,767, so the
 16-bit sums of CPUs without VNNI cannot saturate. torch's own scheme cuts the activations to 7 bits instead, which
@@ -25,9 +25,12 @@ from torch.ao.nn.quantized import dynamic
 from deploytool.artifact import Artifact
 from deploytool.backends import tables
 from deploytool.backends.base import Built, Request, source_of
+from deploytool.backends.eager import positional
+from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_static
 from deploytool.backends.linear_ranking import LinearRanking
 from deploytool.backends.torchscript import ENTRY, example, no_fast_path, open_script, save_traced
 from deploytool.errors import EnvironmentLacking, InputRefused, UsageProblem, nearest
+from deploytool.load.flat import FlatModule
 from deploytool.runner import Runner
 
 _WITH_FULL_ACTIVATIONS = 3  # from version 4 on torch's dynamic Linear cuts activations to 7 bits
@@ -41,8 +44,11 @@ class Fbgemm:
         """Quantize a copy, trace, freeze, save; raises InputRefused when nothing can become int8."""
         options = tables.FbgemmBuild(**request.target.build)
         _use_engine()
-        module = copy.deepcopy(source_of(request).flat).eval()
-        _check_names(module, options)
+        source = source_of(request)
+        _check_names(source.flat, options)
+        if options.scheme == "static" or (options.scheme == "auto" and is_mostly_convolution(source.module)):
+            return _build_static(source.module, request, options)
+        module = copy.deepcopy(source.flat).eval()
         with no_fast_path():
             ranking = LinearRanking(module, _linears(module, options), request, options)
             kept = ranking.kept()
@@ -51,9 +57,10 @@ class Fbgemm:
         if not done:
             raise InputRefused("DT310", "the model must hold linear or recurrent layers that can become int8 "
                                         f"(got {_kinds(module)})",
-                               fix="choose torchscript, or a target with int8 convolutions: openvino-int8")  # fmt: skip
+                               fix='set scheme = "static", or choose an fp32 target')  # fmt: skip
         save_traced(module, example(request), request.out / ENTRY)
         settings: dict[str, Any] = {
+            "scheme": "dynamic",
             "int8": done,
             "kept_fp32": [*options.exclude, *kept],
             "weight_bits": options.weight_bits,
@@ -69,6 +76,16 @@ class Fbgemm:
         _use_engine()
         with _quiet():
             return open_script(artifact)
+
+
+def _build_static(module: nn.Module, request: Request, options: tables.FbgemmBuild) -> Built:
+    names = request.signature.input_names
+    feeds = [dict(zip(names, positional(request.signature, f), strict=True)) for f in request.calibration()]
+    converted, done = quantize_static(module, feeds, options)
+    save_traced(FlatModule(converted, names, request.signature.output_names), example(request), request.out / ENTRY)
+    settings = {"scheme": "static", "calibration": options.calibration, "calibration_feeds": len(feeds), "int8": done,
+                "kept_fp32": list(options.exclude), "weight_bits": options.weight_bits}  # fmt: skip
+    return Built("torchscript", ENTRY, "int8", settings=settings)
 
 
 def _use_engine() -> None:

@@ -33,7 +33,7 @@ class OnnxRuntime:
     """Builds `model.onnx` from the portable graph."""
 
     def build(self, request: Request) -> Built:
-        """Copy the graph (fp32) or quantize it (int8); that it opens and computes what it should is for verify to see."""
+        """Copy the graph (fp32) or quantize it (int8); whether it opens and is right is for verify to see."""
         options = tables.OnnxRuntimeBuild(**request.target.build)
         portable = portable_of(request)
         settings: dict[str, object] = {"optimization": options.optimization}
@@ -74,8 +74,10 @@ class SessionRunner(EngineRunner):
         return outputs
 
 
-def open_session(path: Path, threads: int, optimization: str = "all", *, spinning: bool = True) -> ort.InferenceSession:
-    """A session on the CPU; raises BackendFailed with the library's text."""
+def open_session(
+    model: Path | bytes, threads: int, optimization: str = "all", *, spinning: bool = True
+) -> ort.InferenceSession:
+    """A session on the CPU of a file or a serialized graph; raises BackendFailed with the library's text."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.intra_op_num_threads = threads
@@ -83,9 +85,11 @@ def open_session(path: Path, threads: int, optimization: str = "all", *, spinnin
     options.graph_optimization_level = _LEVELS[optimization]
     options.log_severity_level = _ERROR
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        content = str(model) if isinstance(model, Path) else model
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # see SessionRunner.infer
-        raise BackendFailed("DT504", f"ONNX Runtime must open {path.name} (got: {error})"[:2000]) from error
+        name = model.name if isinstance(model, Path) else "the graph"
+        raise BackendFailed("DT504", f"ONNX Runtime must open {name} (got: {error})"[:2000]) from error
 
 
 def copy_graph(portable: Artifact, out: Path) -> None:

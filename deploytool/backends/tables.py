@@ -39,9 +39,14 @@ class KeepFp32(Table):
 class FbgemmBuild(KeepFp32):
     """`weight_bits` 7 cannot saturate on CPUs without VNNI; 8 is more exact where the CPU has it.
 
-    `embeddings` stores embedding tables as 8-bit rows: four times smaller, a little less exact.
+    scheme        "dynamic": ranges of activations are taken on every call, linear and recurrent layers only; "static":
+                  they are fixed by calibration, convolutions and linears; "auto": static where convolutions prevail
+    calibration   of "static": how ranges follow from the feeds. "percentile" leaves out 0.01 % at either end
+    embeddings    of "dynamic": embedding tables as 8-bit rows, four times smaller, a little less exact
     """
 
+    scheme: Literal["auto", "dynamic", "static"] = "auto"
+    calibration: Literal["histogram", "min-max", "percentile"] = "histogram"
     weight_bits: Literal[7, 8] = 7
     recurrent: bool = True
     embeddings: bool = False
