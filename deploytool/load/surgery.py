@@ -5,6 +5,7 @@ An edit is {"kind": a key of EDITS, "layer": the layer's dotted name, ...}. A co
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from deploytool.errors import InputRefused, nearest
 from deploytool.load.flat import FlatModule
+from deploytool.load.plain_attention import plain
 from deploytool.source import Source
 
 Edit = Mapping[str, Any]
@@ -23,6 +25,12 @@ def with_module(source: Source, module: nn.Module, **changes: Any) -> Source:
     module.eval().requires_grad_(False)
     names = source.signature.input_names, source.signature.output_names
     return dataclasses.replace(source, module=module, flat=FlatModule(module, *names), **changes)
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A copy of the structure that shares every tensor: for steps that replace parameters and write into none."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def replace_layer(root: nn.Module, name: str, layer: nn.Module) -> None:
@@ -47,6 +55,7 @@ def replace_linear_by_pair(root: nn.Module, name: str, rank: int) -> nn.Sequenti
 
 EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
+    "plain_attention": lambda root, edit: replace_layer(root, edit["layer"], plain(root.get_submodule(edit["layer"]))),
 }
 
 

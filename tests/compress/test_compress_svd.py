@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from deploytool.compress.factorize.svd import apply, balanced_factors, rank_for_energy, rank_for_keep
+from deploytool.compress.factorize.ranks import rank_for_energy, rank_for_keep
+from deploytool.compress.factorize.svd import apply, balanced_factors
 from deploytool.compress.factorize.tables import Svd
 from deploytool.compress.prune.magnitude import apply as prune
 from deploytool.compress.prune.tables import Magnitude

@@ -1,0 +1,1 @@
+"""Steps that replace a model's attention."""

@@ -1,0 +1,81 @@
+"""The step that opens torch's fused attention: same outputs, and the folder comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploytool.compress.attention.plain import apply
+from deploytool.compress.attention.tables import PlainAttention
+from deploytool.compress.run import compress_job
+from deploytool.compress.step import Context
+from deploytool.errors import UsageProblem
+from deploytool.load.model import open_source
+from deploytool.load.resolve import resolve
+from deploytool.source import Source
+
+FUSED = """
+import torch
+from torch import nn
+
+INPUTS = {"x": ("batch", "tokens", 12)}
+
+
+def build():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(12, 3, 40, batch_first=True)
+        return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(12, 4))
+
+
+def samples():
+    generator = torch.Generator().manual_seed(1)
+    return [{"input": torch.randn(*size, 12, generator=generator)} for size in ((2, 5), (3, 7), (1, 4))]
+"""
+RECIPE = """
+[[compress]]
+step = "plain-attention"
+[[compress]]
+step = "svd"
+keep = 0.6
+whiten = true
+include = ["*.q", "*.linear1"]
+"""
+
+
+@pytest.fixture
+def fused(tmp_path: Path) -> Source:
+    path = tmp_path / "fused.py"
+    path.write_text(FUSED.replace('"x"', '"input"'))
+    return open_source(resolve(str(path)))
+
+
+def test_outputs_stay(fused: Source, context: Context) -> None:
+    """The step must replace the outermost fused module, say how near it came, and keep the outputs."""
+    changed, report = apply(fused, PlainAttention(step="plain-attention"), context)
+    assert [(row["layer"], row["kind"]) for row in report["layers"]] == [("0", "TransformerEncoder")]
+    assert 0 <= report["layers"][0]["difference"] < 1e-5
+    for sample in fused.samples():
+        torch.testing.assert_close(changed.module(**sample), fused.module(**sample), atol=1e-5, rtol=1e-5)
+
+
+def test_later_steps_reach_the_projections_and_the_folder_opens(fused: Source, tmp_path: Path) -> None:
+    """After the step svd must factor a projection, and the written folder must give the same outputs again."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    report = compress_job(dataclasses.asdict(fused.ref), str(recipe), str(tmp_path / "out"))
+    assert [row["layer"] for row in report["steps"][1]["layers"]] == [
+        "0.layers.0.self_attn.q", "0.layers.0.linear1", "0.layers.1.self_attn.q", "0.layers.1.linear1",
+    ]  # fmt: skip
+    again = open_source(resolve(str(tmp_path / "out")))
+    assert [edit["kind"] for edit in again.edits] == ["plain_attention", *["linear_pair"] * 4]
+    assert all(torch.isfinite(again.module(**sample)).all() for sample in again.samples())
+
+
+def test_a_model_without_them_is_told(tiny: Source, context: Context) -> None:
+    """Nothing to replace must be an error, not a step that did nothing."""
+    with pytest.raises(UsageProblem, match=r"must find nn\.MultiheadAttention"):
+        apply(tiny, PlainAttention(step="plain-attention"), context)
