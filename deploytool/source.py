@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploytool.encoding import Encoding
 from deploytool.signature import Signature
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Source:
     original       the uncompressed model that a compressed one is verified against; None when this is one itself
     edits          structural changes made to the original's module, in their order, as `load.surgery` applies them
     masks          {parameter name: bool tensor}, False where a weight was pruned and must stay zero
+    encodings      {parameter name: the grid that its values lie on}, which lowerings write in their own forms
     """
 
     ref: ModelRef
@@ -74,3 +76,4 @@ class Source:
     original: ModelRef | None = None
     edits: tuple[Mapping[str, Any], ...] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from deploytool.compress.recipe import Recipe, load_recipe
 from deploytool.compress.step import Context, Progress
+from deploytool.encoding import Encoding
 from deploytool.errors import CheckFailed, InputRefused, UsageProblem
 from deploytool.load.compressed import save_compressed
+from deploytool.load.grid import lies_on
 from deploytool.load.model import open_source
 from deploytool.load.resolve import COMPRESSED
 from deploytool.source import ModelRef, Source
@@ -57,6 +59,10 @@ def compress(
         current, did = apply(current, settings, context)
         seconds = time.perf_counter() - started
         _check_runs(current, settings.step)
+        current, lost = _drop_lost_encodings(current)
+        if lost:
+            did = {**did, "encodings_lost": lost}
+            progress(f"{settings.step}: {len(lost)} quantized weights have left their grids and are floats again")
         steps.append({"step": settings.step, "seconds": seconds, "settings": settings.model_dump(mode="json"), **did})
     if current.original is None:
         current = dataclasses.replace(current, original=original.ref)
@@ -90,15 +96,24 @@ def compress_job(
 
 
 def measure(source: Source, evaluate: bool = True) -> dict[str, Any]:
-    """Distinct parameters, how many are not zero, bytes of the distinct tensors of the state, and the metrics."""
+    """Distinct parameters, how many are not zero, bytes of the distinct tensors of the state, and the metrics.
+
+    A quantized weight counts as it is stored: its codes, scales and zero points.
+    """
     parameters = list(source.module.parameters())
-    tensors = {(t.data_ptr() or id(t), t.shape): t for t in source.module.state_dict().values()}
+    tensors = {(t.data_ptr() or id(t), t.shape): (name, t) for name, t in source.module.state_dict().items()}
     return {
         "parameters": sum(p.numel() for p in parameters),
         "nonzeros": sum(int(p.count_nonzero()) for p in parameters),
-        "size_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "size_bytes": sum(_bytes(t, source.encodings.get(name)) for name, t in tensors.values()),
         "metrics": _metrics(source) if evaluate else {},
     }
+
+
+def _bytes(tensor: Tensor, encoding: Encoding | None) -> int:
+    if encoding is None:
+        return tensor.numel() * tensor.element_size()
+    return math.ceil(tensor.numel() * encoding.bits / 8) + 2 * 4 * encoding.scale.numel()
 
 
 def predict(source: Source, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -148,6 +163,14 @@ def _check_runs(source: Source, step: str) -> None:
     if bad:
         raise CheckFailed("DT105", f"outputs must be finite after step {step!r} (got NaN or infinity in "
                           f"{', '.join(bad)})")  # fmt: skip
+
+
+def _drop_lost_encodings(source: Source) -> tuple[Source, list[str]]:
+    """The source without the encodings that a step made untrue by changing the weight, and the names of those."""
+    state = source.module.state_dict()
+    lost = sorted(n for n, e in source.encodings.items() if n not in state or not lies_on(state[n], e))
+    kept = {name: e for name, e in source.encodings.items() if name not in lost}
+    return (dataclasses.replace(source, encodings=kept) if lost else source), lost
 
 
 def _drops(drops: Mapping[str, float]) -> str:

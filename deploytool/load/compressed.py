@@ -1,22 +1,26 @@
 """The folder that `compress` writes, which is a model again: `compressed.json` and `weights.safetensors`.
 
+A quantized weight is stored as its packed codes with scales and zero points, so that what comes back lies on its grid.
 No code and no pickle: the original model is opened, the recorded edits are made again and the weights put in.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deploytool import shipped
-from deploytool.errors import DeployError, InputRefused, IntegrityBroken, UsageProblem
+from deploytool.encoding import Encoding
+from deploytool.errors import DeployError, InputRefused, IntegrityBroken, InternalError, UsageProblem
+from deploytool.load.grid import check_encoding, dequantize, fits, lies_on, pack, quantize, unpack
 from deploytool.load.infer import refuse_non_finite
 from deploytool.load.model import open_source
 from deploytool.load.resolve import COMPRESSED
@@ -27,12 +31,23 @@ from deploytool.storage import new_folder, read_json, sha256_file, write_json
 
 WEIGHTS = "weights.safetensors"
 SCHEMA_VERSION = "1.0"
+_CODES, _SCALE, _ZERO_POINT = ":codes", ":scale", ":zero_point"  # no parameter's name has a colon
 
 
 class _Original(Table):
     kind: str
     name: str
     path: str
+
+
+class _Encoding(Table):
+    """`shape` and `dtype` are the weight's; its codes, scales and zero points are in the weights' file."""
+
+    bits: int
+    axis: int | None
+    group: int
+    shape: list[int]
+    dtype: Literal["float32", "float16", "bfloat16"]
 
 
 class _Document(Table):
@@ -44,6 +59,7 @@ class _Document(Table):
     weights_sha256: str
     edits: list[dict[str, Any]]
     masked: list[str]
+    encodings: dict[str, _Encoding] = Field(default_factory=dict)
     ties: dict[str, str]
     signature: dict[str, Any]
     report: dict[str, Any]
@@ -52,6 +68,7 @@ class _Document(Table):
 def save_compressed(source: Source, original: Source, report: dict[str, Any], out: Path, *, overwrite: bool) -> None:
     """Write the folder of a compressed source, whole or not at all."""
     state, ties = _untied(source.module.state_dict())
+    encodings = _encode(state, source.encodings)
     with new_folder(out, overwrite=overwrite, marker=COMPRESSED) as folder:
         save_file(state, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)
@@ -63,6 +80,7 @@ def save_compressed(source: Source, original: Source, report: dict[str, Any], ou
             "weights_sha256": sha256_file(folder / WEIGHTS),
             "edits": [dict(edit) for edit in source.edits],
             "masked": sorted(source.masks),
+            "encodings": encodings,
             "ties": ties,
             "signature": source.signature.to_json(),
             "report": report,
@@ -74,13 +92,13 @@ def open_compressed(ref: ModelRef) -> Source:
     folder = Path(ref.path)
     document = _read(folder / COMPRESSED)
     original = _open_original(document, folder)
-    state = _load_weights(folder / WEIGHTS, document)
+    state, encodings = _load_weights(folder / WEIGHTS, document)
     apply_edits(original.module, document.edits)
     _fill(original.module, state)
     refuse_non_finite(original.module)
     return with_module(
         original, original.module, ref=ref, original=original.ref, edits=tuple(document.edits),
-        masks={name: state[name] != 0 for name in document.masked},
+        masks={name: state[name] != 0 for name in document.masked}, encodings=encodings,
         dependencies=(folder / COMPRESSED, folder / WEIGHTS, *original.dependencies),
     )  # fmt: skip
 
@@ -111,6 +129,35 @@ def _untied(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, ties
 
 
+def _encode(state: dict[str, Tensor], encodings: Mapping[str, Encoding]) -> dict[str, Any]:
+    """Put packed codes in the place of every encoded weight; what the document says of them."""
+    told = {}
+    for name, encoding in encodings.items():
+        weight = state.pop(name)
+        if not lies_on(weight, encoding):
+            raise InternalError("DT900", f"weight {name!r} must lie on its grid (it has been changed since)")
+        state[name + _CODES] = pack(quantize(weight, encoding), encoding.bits)
+        state[name + _SCALE], state[name + _ZERO_POINT] = encoding.scale, encoding.zero_point
+        dtype = str(weight.dtype).removeprefix("torch.")
+        told[name] = {**encoding.to_json(), "shape": list(weight.shape), "dtype": dtype}
+    return told
+
+
+def _decode(stored: dict[str, Tensor], told: Mapping[str, _Encoding]) -> dict[str, Encoding]:
+    """Put every encoded weight in the place of its codes, and give its encoding."""
+    encodings = {}
+    for name, entry in told.items():
+        packed, scale, zero = (stored.pop(name + part) for part in (_CODES, _SCALE, _ZERO_POINT))
+        encoding = check_encoding(name, Encoding(entry.bits, entry.axis, entry.group, scale, zero))
+        shape = torch.Size(entry.shape)
+        if not fits(shape, encoding):
+            raise InputRefused("DT314", f"the encoding of {name!r} must have a scale for every row and group of "
+                               f"{entry.shape} (got {list(scale.shape)})")  # fmt: skip
+        stored[name] = dequantize(unpack(packed, entry.bits, shape), encoding, getattr(torch, entry.dtype))
+        encodings[name] = encoding
+    return encodings
+
+
 def _read(path: Path) -> _Document:
     try:
         return _Document.model_validate(read_json(path))
@@ -138,18 +185,19 @@ def _changed(folder: Path, what: str) -> DeployError:
                         detail=[what], fix="compress the model again")  # fmt: skip
 
 
-def _load_weights(path: Path, document: _Document) -> dict[str, Tensor]:
+def _load_weights(path: Path, document: _Document) -> tuple[dict[str, Tensor], dict[str, Encoding]]:
     if not path.is_file() or sha256_file(path) != document.weights_sha256:
         raise IntegrityBroken("DT601", f"{path} must be the file that {COMPRESSED} names (missing or changed)")
     try:
         stored = load_file(path)
+        encodings = _decode(stored, document.encodings)
         state = {**stored, **{name: stored[owner] for name, owner in document.ties.items()}}
         missing = [name for name in document.masked if name not in state]
     except (SafetensorError, KeyError) as error:
         raise InputRefused("DT314", f"{path} must hold the weights that {COMPRESSED} lists (got: {error})") from error
     if missing:
         raise InputRefused("DT314", f"{path} must hold the masked weights (missing: {', '.join(missing)})")
-    return state
+    return state, encodings
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:

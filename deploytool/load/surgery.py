@@ -6,6 +6,7 @@ An edit is {"kind": a key of EDITS, "layer": the layer's dotted name, ...}. A co
 from __future__ import annotations
 
 import copy
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,6 +26,12 @@ def with_module(source: Source, module: nn.Module, **changes: Any) -> Source:
     module.eval().requires_grad_(False)
     names = source.signature.input_names, source.signature.output_names
     return dataclasses.replace(source, module=module, flat=FlatModule(module, *names), **changes)
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A copy of the structure that shares every tensor: for steps that replace parameters and write into none."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def shell(module: nn.Module) -> nn.Module:

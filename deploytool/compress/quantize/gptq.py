@@ -1,0 +1,208 @@
+"""GPTQ: weights are rounded column by column, and the columns not rounded yet make good what was lost.
+
+Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate post-training quantization for generative pre-trained
+transformers", ICLR 2023 (arXiv 2210.17323), section 3.3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deploytool.compress.blocks import Block, walk_blocks
+from deploytool.compress.matrices import gram, matrix
+from deploytool.compress.quantize.layers import chosen_layers, group_of, put_on, refuse_none, shrinks_of
+from deploytool.compress.quantize.ranges import choose
+from deploytool.compress.quantize.tables import Gptq
+from deploytool.compress.step import Context
+from deploytool.encoding import Encoding
+from deploytool.errors import BackendFailed
+from deploytool.load.surgery import shell, with_module
+from deploytool.source import Source
+
+_BLOCK = 128  # columns whose updates of all later columns are made together
+_RAISES = 6  # times that damping grows tenfold before we give up
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How columns are rounded: `grid` gives the encoding of columns of W; see `tables.Gptq` for the others."""
+
+    grid: Callable[[Tensor, Tensor], Encoding]  # (W [rows, n], importance [n]) -> encoding with the group size of all
+    order: str
+    static_groups: bool
+    damping: float
+
+
+def inverse_root(moments: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U [n, n], upper triangular, with (H + d I)^-1 = U^T U, and the damping that it took.
+
+    H [n, n] is float64, symmetric, without zeros on its diagonal; d = damping * mean of its diagonal. Where rounding
+    errors keep H + d I from being positive definite, damping grows tenfold. Raises BackendFailed when that is no help.
+    """
+    mean = float(moments.diagonal().mean())
+    for _ in range(_RAISES):
+        damped = moments.clone()
+        damped.diagonal().add_(damping * mean)
+        # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U = R^-1.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            upper = lower.flip(0, 1)
+            one = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            return torch.linalg.solve_triangular(upper, one, upper=True), damping
+        damping *= 10
+    raise BackendFailed("DT504", "the second moments of a layer's inputs must become positive definite with damping "
+                        f"(got none up to {damping / 10:g})",
+                        fix="give more calibration samples, or exclude the layer")  # fmt: skip
+
+
+def gptq(weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = None) -> tuple[Tensor, Encoding, float]:
+    """Rounded W, its encoding, and the damping that it took.
+
+    weight [rows, n]; moments [n, n] float64: sum of x x^T over the inputs; `keep` bool [rows, n]: False stays zero.
+    Inputs that were always zero are rounded to nearest.
+    """
+    dead = moments.diagonal() == 0
+    moments = moments.clone()
+    moments.diagonal().masked_fill_(dead, float(moments.diagonal().mean()) or 1.0)
+    strength = moments.diagonal().float()
+    n = weight.shape[1]
+    order = torch.arange(n)
+    if how.order == "activation":
+        order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    root, damping = inverse_root(moments[order][:, order], how.damping)
+    root = root.float()
+    encoding = how.grid(weight, strength)
+    scale, zero = encoding.scale.T.contiguous(), encoding.zero_point.T.contiguous()  # [groups, rows]
+    group = encoding.group
+    static = how.static_groups or how.order == "activation"
+    columns = weight.float().T[order].contiguous()  # [n, rows]: a column of W is one run of memory
+    kept = None if keep is None else keep.T[order]
+
+    def grid_of(index: int) -> tuple[Tensor, Tensor]:
+        if not static and index % group == 0:
+            now = how.grid(columns[index : index + group].T, strength[index : index + group])
+            scale[index // group], zero[index // group] = now.scale[:, 0], now.zero_point[:, 0]
+        mine = int(order[index]) // group
+        return scale[mine], zero[mine]
+
+    width = _BLOCK if static else group * max(1, _BLOCK // group)  # a group's grid is chosen from columns up to date
+    for start in range(0, n, width):
+        stop = min(start + width, n)
+        errors = _sweep(columns[start:stop], root[start:stop, start:stop], partial(_at, grid_of, start),
+                        encoding.levels, None if kept is None else kept[start:stop])  # fmt: skip
+        columns[stop:].addmm_(root[start:stop, stop:].T, errors, alpha=-1)
+    rounded = torch.empty_like(columns)
+    rounded[order] = columns
+    final = replace(encoding, scale=scale.T.contiguous(), zero_point=zero.T.contiguous())
+    return rounded.T.contiguous(), final, damping
+
+
+def _at(grid_of: Callable[[int], tuple[Tensor, Tensor]], start: int, index: int) -> tuple[Tensor, Tensor]:
+    return grid_of(start + index)
+
+
+def _sweep(
+    columns: Tensor, root: Tensor, grid_of: Callable[[int], tuple[Tensor, Tensor]], levels: int, kept: Tensor | None
+) -> Tensor:
+    """Round the columns [n, rows] in place, one after the other; the errors, each divided by its diagonal of U."""
+    errors = torch.empty_like(columns)
+    for index in range(len(columns)):
+        scale, zero = grid_of(index)
+        column = columns[index]
+        rounded = (column / scale).add_(zero).round_().clamp_(0, levels - 1).sub_(zero).mul_(scale)
+        if kept is not None:
+            rounded.masked_fill_(~kept[index], 0.0)
+        errors[index] = (column - rounded).div_(root[index, index])
+        columns[index] = rounded
+        columns[index + 1 :].addr_(root[index, index + 1 :], errors[index], alpha=-1)
+    return errors
+
+
+def apply(source: Source, settings: Gptq, context: Context) -> tuple[Source, dict[str, Any]]:
+    """Quantize the chosen layers of a copy, block by block, each on what the quantized blocks before it give."""
+    work = with_module(source, shell(source.module))
+    encodings, report = quantize_in_place(work, settings, context)
+    return replace(work, encodings={**source.encodings, **encodings}), report
+
+
+def quantize_in_place(source: Source, settings: Gptq, context: Context) -> tuple[dict[str, Encoding], dict[str, Any]]:
+    """Give the chosen layers of the source's own module new weights; their encodings, and the report."""
+    picked, skipped = chosen_layers(source.module, settings)
+    encodings: dict[str, Encoding] = {}
+    layers: list[dict[str, Any]] = []
+    for block in walk_blocks(source, picked, context.samples(source)):
+        for names, moments in _sharing(block):
+            done = _quantize_together(block, names, moments, settings, source.masks)
+            for name, (entry, encoding) in done.items():
+                encodings[_weight(name)] = encoding
+                layers.append({"layer": name, **entry})
+        context.progress(f"gptq: {block.name or 'the model'} ({len(layers)} of {len(picked)} layers)")
+    seen = {entry["layer"] for entry in layers}
+    skipped += [{"layer": n, "reason": "no calibration sample reached it"} for n in picked if n not in seen]
+    refuse_none("gptq", layers, skipped)
+    raised = [entry["layer"] for entry in layers if entry["damping"] > settings.damping]
+    if raised:
+        context.progress(f"gptq: damping was raised for {len(raised)} layers, {', '.join(raised[:3])} ...")
+    return encodings, {"layers": layers, "skipped": skipped, "damping_raised": raised}
+
+
+def _weight(layer: str) -> str:
+    return f"{layer}.weight".lstrip(".")
+
+
+def _sharing(block: Block) -> list[tuple[list[str], Tensor]]:
+    """The second moments of every distinct input of the block's layers, with the names of the layers that read it."""
+    groups: dict[int, tuple[list[str], Tensor]] = {}
+    for name, total in block.accumulate(gram).items():
+        groups.setdefault(id(total), ([], total.sum))[0].append(name)
+    return list(groups.values())
+
+
+def _quantize_together(
+    block: Block, names: Sequence[str], moments: Tensor, settings: Gptq, masks: Mapping[str, Tensor]
+) -> dict[str, tuple[dict[str, Any], Encoding]]:
+    """Quantize layers that read the same input as one matrix, whose rows are those of all."""
+    weights = [matrix(block.layers[name]) for name in names]
+    group = group_of(weights[0], settings.group)
+    shrinks = shrinks_of(settings)
+
+    def grid(weight: Tensor, importance: Tensor) -> Encoding:
+        return choose(weight, settings.bits, group, settings.symmetric, importance=importance, shrinks=shrinks)
+
+    how = Rounding(grid, settings.order, settings.static_groups, settings.damping)
+    sizes = [len(weight) for weight in weights]
+    joined = torch.cat(weights)
+    rounded, encoding, damping = gptq(joined, moments, how, _kept(names, weights, masks))
+    parts = zip(names, rounded.split(sizes), encoding.scale.split(sizes), encoding.zero_point.split(sizes), weights,
+                strict=True)  # fmt: skip
+    done = {}
+    for name, part, scale, zero, weight in parts:
+        mine = replace(encoding, scale=scale.clone(), zero_point=zero.clone())
+        error = output_error(weight, part, moments)
+        entry = put_on(block.layers[name], mine, part)
+        done[name] = ({**entry, "output_error": error, "damping": damping}, mine)
+    return done
+
+
+def _kept(names: Sequence[str], weights: Sequence[Tensor], masks: Mapping[str, Tensor]) -> Tensor | None:
+    if not any(_weight(name) in masks for name in names):
+        return None
+    pairs = zip(names, weights, strict=True)
+    return torch.cat([masks.get(_weight(n), torch.ones_like(w, dtype=torch.bool)).view(w.shape) for n, w in pairs])
+
+
+def output_error(weight: Tensor, other: Tensor, moments: Tensor) -> float:
+    """|X (W - V)^T| / |X W^T| in the Frobenius norm, from the second moments of the rows of X."""
+    form = moments.float()
+
+    def size(matrix: Tensor) -> float:
+        return float(((matrix @ form) * matrix).sum().clamp(min=0))
+
+    whole = size(weight.float())
+    return (size(weight.float() - other.float()) / whole) ** 0.5 if whole > 0 else 0.0

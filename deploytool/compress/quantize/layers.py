@@ -1,0 +1,69 @@
+"""Which layers the quantization steps work on, and how their weights are put on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploytool.compress.matrices import matrix, matrix_layers
+from deploytool.compress.quantize.ranges import SHRINKS
+from deploytool.compress.quantize.tables import Grid
+from deploytool.compress.select import select
+from deploytool.encoding import Encoding
+from deploytool.errors import UsageProblem
+from deploytool.load.grid import dequantize, quantize
+
+Skipped = list[dict[str, str]]
+
+
+def chosen_layers(module: nn.Module, settings: Grid) -> tuple[dict[str, nn.Module], Skipped]:
+    """The linear and convolution layers that `settings` choose, by name; the others with why they stay as they are."""
+    found, skipped = matrix_layers(module)
+    chosen = select(found, settings.include, settings.exclude)
+    skipped += [{"layer": n, "reason": "not chosen by include and exclude"} for n in found if n not in chosen]
+    return {name: layer for name, layer in found.items() if name in chosen}, skipped
+
+
+def group_of(weight: Tensor, group: int | str) -> int:
+    """Columns of a matrix [out, in] that share a scale: `group`, at most all of them."""
+    return weight.shape[1] if group == "channel" else min(int(group), weight.shape[1])
+
+
+def shrinks_of(settings: Grid) -> Sequence[float]:
+    """The ranges that are tried, as shares of the distance between the extremes."""
+    return SHRINKS if settings.search else (1.0,)
+
+
+def put_on(layer: nn.Module, encoding: Encoding, wanted: Tensor | None = None) -> dict[str, Any]:
+    """Give a layer the matrix on the grid that is nearest to `wanted` [out, in], its own when left out.
+
+    The weight is a new parameter, the old tensor stays as it is. Returns what the report says of the layer; `error` is
+    |change| / |weight| in the Frobenius norm.
+    """
+    before = matrix(layer)
+    codes = quantize(before if wanted is None else wanted, encoding)
+    after = dequantize(codes, encoding, before.dtype)
+    size = before.float().norm()
+    error = (after.float() - before.float()).norm() / size if size > 0 else torch.zeros(())
+    shape = layer.get_parameter("weight").shape
+    layer.weight = nn.Parameter(after.view(shape), requires_grad=False)
+    return {
+        "bits": encoding.bits, "group": encoding.group, "symmetric": encoding.symmetric,
+        "bits_per_weight": bits_per_weight(encoding, before.numel()), "error": float(error),
+    }  # fmt: skip
+
+
+def bits_per_weight(encoding: Encoding, elements: int) -> float:
+    """Bits per weight with its share of the scales (16 bits each) and zero points (as many bits as a code)."""
+    overhead = encoding.scale.numel() * (16 + (0 if encoding.symmetric else encoding.bits))
+    return encoding.bits + overhead / elements
+
+
+def refuse_none(step: str, layers: Sequence[Any], skipped: Skipped) -> None:
+    """Raise UsageProblem when a step has quantized no layer, with the reasons."""
+    if not layers:
+        raise UsageProblem("DT204", f"step {step!r} must find a layer to quantize (got none)",
+                           detail=[f"{entry['layer']}: {entry['reason']}" for entry in skipped[:20]])  # fmt: skip

@@ -1,0 +1,59 @@
+"""Settings of the quantization steps."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from deploytool.compress.step import StepTable
+from deploytool.encoding import FEWEST_BITS, MOST_BITS
+from deploytool.settings import Table
+
+_Group = Annotated[int, Field(ge=1)]
+
+
+class Grid(Table):
+    """The grid that the weights of the chosen linear layers get.
+
+    bits               2 to 8
+    group              input channels that share a scale, or "channel": one scale per output channel. A width that the
+                       group does not divide has a shorter last group
+    symmetric          no zero points: 0 is the middle code
+    search             look for the range with the least squared error, not only from extreme to extreme
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer
+    """
+
+    bits: int = Field(default=4, ge=FEWEST_BITS, le=MOST_BITS)
+    group: _Group | Literal["channel"] = 64
+    symmetric: bool = False
+    search: bool = False
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class Rtn(Grid, StepTable):
+    """Round every weight to the nearest value of its grid; no data is looked at.
+
+    group   also "found": the grid of at most `bits` bits on which weights already lie, kept without loss
+    """
+
+    code: ClassVar[str] = "deploytool.compress.quantize.rtn"
+    step: Literal["rtn"]
+    group: _Group | Literal["channel", "found"] = 64  # type: ignore[assignment]
+
+
+class Gptq(Grid, StepTable):
+    """Round column by column; what a column loses, the columns after it make good on the calibration samples.
+
+    order           "activation": the inputs that are strongest on the samples first; "given": as they stand
+    static_groups   every group's grid is chosen before anything is rounded, not when its first column is reached;
+                    always so with order "activation", whose groups are not reached one after the other
+    damping         added to the diagonal of the inputs' second moments, as a share of its mean
+    """
+
+    code: ClassVar[str] = "deploytool.compress.quantize.gptq"
+    step: Literal["gptq"]
+    order: Literal["activation", "given"] = "activation"
+    static_groups: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
