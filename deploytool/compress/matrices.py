@@ -6,6 +6,7 @@ neural networks for document processing", 2006).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -37,9 +38,22 @@ def matrix_layers(module: nn.Module) -> tuple[dict[str, nn.Module], list[dict[st
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The layer's weight as [out, in], a view: writing to it changes the layer."""
+    """The layer's weight as [out, in], a view of the parameter."""
     weight = layer.get_parameter("weight").detach()
     return weight.view(weight.shape[0], -1)
+
+
+def set_matrix(layer: nn.Module, value: Tensor) -> None:
+    """Give the layer another weight [out, in], as a new parameter: tensors that a copy shares stay as they are."""
+    old = layer.get_parameter("weight")
+    new = value.to(old.dtype).reshape(old.shape).contiguous()
+    layer.register_parameter("weight", nn.Parameter(new, requires_grad=False))
+
+
+def copy_sharing(module: nn.Module) -> nn.Module:
+    """A copy of the module's structure with the very same tensors: weights may be replaced in it, not written to."""
+    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 def rows(layer: nn.Module, inputs: Tensor) -> Tensor:

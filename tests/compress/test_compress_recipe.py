@@ -47,7 +47,8 @@ def test_a_good_recipe_is_read_whole(tmp_path: Path) -> None:
     path.write_text(GOOD)
     recipe = load_recipe(path)
     assert [step.step for step in recipe.steps] == ["magnitude", "distill"]
-    assert recipe.plan()[0] == {"step": "magnitude", "sparsity": 0.5, "scope": "tensor", "include": [], "exclude": []}
+    assert recipe.plan()[0] == {"step": "magnitude", "sparsity": 0.5, "pattern": None, "scope": "tensor",
+                                "include": [], "exclude": []}  # fmt: skip
     assert recipe.plan()[1]["output"] == ["logits"]
     assert (recipe.model, recipe.targets) == ("digits", ("ort-int8",))
     assert (recipe.calibration.samples, recipe.calibration.length, recipe.quality.max_drop) == (16, 64, 0.02)
@@ -62,7 +63,7 @@ def test_all_errors_of_all_steps_come_at_once(tmp_path: Path) -> None:
                  "18: unknown key 'quality.max_dro'; did you mean 'max_drop'?",
                  "20: unknown key 'calibratio'; did you mean 'calibration'?"):  # fmt: skip
         assert part in problems
-    assert len(problems) == 5  # and the missing sparsity
+    assert len(problems) == 4
 
 
 def test_an_unknown_step_names_the_nearest(tmp_path: Path) -> None:
@@ -78,6 +79,13 @@ def test_an_unknown_step_names_the_nearest(tmp_path: Path) -> None:
         ('step = "svd"', "exactly one of rank, energy, keep"),
         ('step = "svd"\nrank = 4\nkeep = 0.5', "exactly one of rank, energy, keep"),
         ('step = "magnitude"\nsparsity = 1.5', "less than 1"),
+        ('step = "magnitude"', "one of sparsity and pattern"),
+        ('step = "wanda"\nsparsity = 1.0', "less than 1"),
+        ('step = "sparsegpt"\nsparsity = -0.1', "greater than or equal to 0"),
+        ('step = "wanda"\npattern = "2;4"', "N:M"),
+        ('step = "wanda"\npattern = "4:4"', "N:M"),
+        ('step = "sparsegpt"\npattern = "2:4"\nsparsity = 0.6', "0.5 as pattern 2:4 says"),
+        ('step = "magnitude"\npattern = "2:4"\nscope = "global"', 'scope must be "tensor"'),
         ('step = "magnitude"\nsparsity = "half"', "valid number"),
         ('step = "distill"\nmatch = "mse"\ntemperature = 2.0', "temperature must be left out"),
         ("sparsity = 0.5", "missing key 'step'"),

@@ -1,4 +1,4 @@
-"""Unstructured magnitude pruning: the weights nearest to zero become zero.
+"""Magnitude pruning: the weights nearest to zero become zero, anywhere or N of every M.
 
 Source: Han, Pool, Tran, Dally, "Learning both weights and connections for efficient neural networks", NeurIPS 2015.
 Layers keep their shapes: the model gets smaller when packed, not faster.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploytool.compress.prune.pattern import check_widths, keep_but_smallest, keep_of_groups, not_chosen, zeros_report
 from deploytool.compress.prune.tables import Magnitude
 from deploytool.compress.select import select, shared_names
 from deploytool.compress.step import Context
@@ -21,18 +22,8 @@ from deploytool.source import Source
 
 
 def keep_mask(weight: Tensor, zeros: int) -> Tensor:
-    """Bool mask of the weight's shape, False for exactly `zeros` elements: those of smallest magnitude.
-
-    Of equal magnitudes those that come first in memory order go first, so the mask is a function of the values alone.
-    """
-    keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-    if zeros > 0:
-        size = weight.detach().abs().flatten()
-        threshold = size.kthvalue(zeros).values
-        keep[size < threshold] = False
-        equal = (size == threshold).nonzero().flatten()
-        keep[equal[: zeros - int((~keep).sum())]] = False
-    return keep.view(weight.shape)
+    """Bool mask of the weight's shape, False for exactly `zeros` elements: those of smallest magnitude."""
+    return keep_but_smallest(weight.detach().abs(), zeros)
 
 
 def keep_masks(weights: Sequence[Tensor], sparsity: float, scope: str) -> list[Tensor]:
@@ -50,20 +41,25 @@ def apply(source: Source, settings: Magnitude, context: Context) -> tuple[Source
     candidates, skipped = _candidates(module)
     chosen = select(dict.fromkeys(layer for layer, _ in candidates.values()), settings.include, settings.exclude)
     picked = {name: weight for name, (layer, weight) in candidates.items() if layer in chosen}
-    skipped += [{"layer": layer, "reason": "not chosen by include and exclude"}
-                for layer, _ in candidates.values() if layer not in chosen]  # fmt: skip
+    skipped += not_chosen(dict.fromkeys(layer for layer, _ in candidates.values()), chosen)
     masks = dict(source.masks)
     layers = []
-    found = keep_masks(list(picked.values()), settings.sparsity, settings.scope)
-    for (name, weight), mask in zip(picked.items(), found, strict=True):
+    for (name, weight), mask in zip(picked.items(), _masks(picked, settings), strict=True):
         masks[name] = mask & masks[name] if name in masks else mask
         with torch.no_grad():
             weight.masked_fill_(~masks[name], 0.0)
-        zeros = int((weight == 0).sum())
-        layers.append({"layer": name, "elements": weight.numel(), "zeros": zeros,
-                       "sparsity": zeros / weight.numel()})  # fmt: skip
+        layers.append(zeros_report(name, weight))
     context.progress(f"magnitude: {len(layers)} weights pruned")
     return with_module(source, module, masks=masks), {"layers": layers, "skipped": skipped}
+
+
+def _masks(weights: dict[str, nn.Parameter], settings: Magnitude) -> list[Tensor]:
+    """A mask per weight, by share or by pattern; rows are what one output is computed from."""
+    kept_of = settings.kept_of
+    if kept_of is None:
+        return keep_masks(list(weights.values()), settings.share, settings.scope)
+    check_widths({name: w[0].numel() for name, w in weights.items()}, kept_of)
+    return [keep_of_groups(w.detach().abs().flatten(1), *kept_of).view(w.shape) for w in weights.values()]
 
 
 def _candidates(module: nn.Module) -> tuple[dict[str, tuple[str, nn.Parameter]], list[dict[str, str]]]:

@@ -2,24 +2,99 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import re
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deploytool.compress.step import StepTable
+from deploytool.settings import Table
 
 
-class Magnitude(StepTable):
+class Zeros(Table):
+    """How many weights become zero, and in which layers; the base of the steps that keep every shape.
+
+    sparsity           share of zeros, 0 to 1
+    pattern            "N:M" keeps N weights of every M neighbours in a row, such as "2:4"; the share of zeros follows
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every layer
+    """
+
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    pattern: str | None = None
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _one_share(self) -> Self:
+        if self.pattern is None:
+            if self.sparsity is None:
+                raise ValueError("one of sparsity and pattern must be given")
+            return self
+        kept = self.kept_of
+        if kept is None:
+            raise ValueError(f'pattern must be "N:M" with 0 < N < M <= 64, such as "2:4", not {self.pattern!r}')
+        if self.sparsity is not None and abs(self.sparsity - (1 - kept[0] / kept[1])) > 1e-9:
+            raise ValueError(f"sparsity must be left out, or {1 - kept[0] / kept[1]:g} as pattern {self.pattern} says")
+        return self
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern; None without one, or when it is not well formed."""
+        match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", self.pattern or "")
+        kept = (int(match[1]), int(match[2])) if match else (0, 0)
+        return kept if 0 < kept[0] < kept[1] <= 64 else None
+
+    @property
+    def share(self) -> float:
+        """The share of zeros, 0 to 1."""
+        kept = self.kept_of
+        return 1 - kept[0] / kept[1] if kept else float(self.sparsity or 0)
+
+
+class Magnitude(Zeros, StepTable):
     """Set the smallest weights to zero.
 
     sparsity           share of zeros, 0 to 1
+    pattern            "N:M" keeps the N largest of every M neighbours in a row
     scope              "tensor": that share of every weight; "global": of all chosen weights together
     include, exclude   layer names, `*` and `?` allowed; nothing included means every layer
     """
 
     code: ClassVar[str] = "deploytool.compress.prune.magnitude"
     step: Literal["magnitude"]
-    sparsity: float = Field(ge=0, lt=1)
     scope: Literal["tensor", "global"] = "tensor"
-    include: tuple[str, ...] = Field(default=(), strict=False)
-    exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _pattern_is_local(self) -> Self:
+        if self.pattern is not None and self.scope == "global":
+            raise ValueError('scope must be "tensor" where a pattern is given')
+        return self
+
+
+class Wanda(Zeros, StepTable):
+    """Set to zero, in every row, the weights whose magnitude times the norm of their input is smallest.
+
+    sparsity           share of zeros of every row, 0 to 1
+    pattern            "N:M" keeps N of every M neighbours in a row
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer and convolution
+    """
+
+    code: ClassVar[str] = "deploytool.compress.prune.wanda"
+    step: Literal["wanda"]
+
+
+class SparseGpt(Zeros, StepTable):
+    """Set weights to zero column by column; what a column loses, the columns after it make good on the samples.
+
+    sparsity           share of zeros of every layer, 0 to 1
+    pattern            "N:M" keeps N of every M neighbours in a row
+    block              columns among which the share of zeros is exact, and which are updated together
+    damping            added to the diagonal of the inputs' second moments, as a share of its mean; ten times as much
+                       each time that it proves too little
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer and convolution
+    """
+
+    code: ClassVar[str] = "deploytool.compress.prune.sparsegpt"
+    step: Literal["sparsegpt"]
+    block: int = Field(default=128, ge=1)
+    damping: float = Field(default=0.01, gt=0, le=1)

@@ -1,0 +1,123 @@
+"""SparseGPT: pruning as a sequence of small regressions, column by column, with the inverse of the inputs' moments.
+
+    H = X^T X + lambda I,  H^-1 = U^T U with U upper triangular
+    a weight costs  w[j]^2 / U[j, j]^2;  pruning column j moves the later ones by  -(w[:, j] - q) / U[j, j] U[j, j:]
+
+Source: Frantar and Alistarh, "SparseGPT: Massive language models can be accurately pruned in one-shot", ICML 2023,
+algorithm 1 and section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deploytool.compress.blocks import Total
+from deploytool.compress.matrices import gram
+from deploytool.compress.prune.by_block import Pruned, prune_by_block
+from deploytool.compress.prune.pattern import keep_but_smallest, keep_of_groups
+from deploytool.compress.prune.tables import SparseGpt
+from deploytool.compress.step import Context
+from deploytool.errors import BackendFailed
+from deploytool.source import Source
+
+_TRIES = 6
+
+
+def inverse_root(moments: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U upper triangular [n, n] with U^T U = (H + lambda I)^-1, float64, from H [n, n]; and the damping it took.
+
+    lambda is `damping` times the mean of H's diagonal, ten times as much each time that the sum is not positive
+    definite; raises BackendFailed when it never is. Inputs that are always zero count as independent of all others.
+    """
+    h = moments.double().clone()
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    diagonal[diagonal == 0] = mean
+    for attempt in range(_TRIES):
+        share = damping * 10**attempt
+        damped = h.clone()
+        damped.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not bool(failed):
+            # Flipped in both axes, L L^T = flip(H) is R R^T = H with R upper triangular, and U = R^-1.
+            root = lower.flip(0, 1)
+            return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=h.dtype), upper=True), share
+    raise BackendFailed("DT504", "the inputs' second moments must become positive definite (they are not with "
+                        f"{share:g} of their mean added)", fix="calibrate with more or other samples")  # fmt: skip
+
+
+def sparsify(
+    weight: Tensor,
+    root: Tensor,
+    share: float,
+    kept_of: tuple[int, int] | None = None,
+    *,
+    block: int = 128,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The pruned weight [out, in] and its mask (False at zeros), from W [out, in] and `inverse_root`'s U [in, in].
+
+    Every `block` columns lose round(share * out * block) weights, or with `kept_of` = (N, M) every M neighbours all
+    but N. Where `before` [out, in] is False the weight is pruned first.
+    """
+    rows, columns = weight.shape
+    step = block if kept_of is None else -(-block // kept_of[1]) * kept_of[1]
+    w = weight.detach().float().T.contiguous()  # [in, out]: a column of the weight is contiguous
+    keep = torch.ones(columns, rows, dtype=torch.bool)
+    old = None if before is None else before.T
+    u = root.float()
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        part, inner = w[start:stop], u[start:stop, start:stop].contiguous()
+        errors = torch.empty_like(part)
+        if kept_of is None:
+            cost = _cost(part, inner.diagonal(), old, start)
+            keep[start:stop] = keep_but_smallest(cost, round(share * cost.numel()))
+        for j in range(stop - start):
+            if kept_of is not None and j % kept_of[1] == 0:
+                group = slice(j, j + kept_of[1])
+                cost = _cost(part[group], inner.diagonal()[group], old, start + j)
+                keep[start + j : start + j + kept_of[1]] = keep_of_groups(cost.T, *kept_of).T
+            new = part[j] * keep[start + j]
+            torch.div(part[j] - new, inner[j, j], out=errors[j])
+            part[j] = new
+            part[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
+        w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
+    return w.T.contiguous().to(weight.dtype), keep.T.contiguous()
+
+
+def apply(source: Source, settings: SparseGpt, context: Context) -> tuple[Source, dict[str, Any]]:
+    """Prune the chosen layers, block by block; layers that read the same tensor share one inverse."""
+    return prune_by_block(source, settings, context, gram, pruner(settings))
+
+
+def pruner(settings: SparseGpt) -> Any:
+    """What `by_block` calls for every layer."""
+    last: list[Any] = [None, None]  # the total that the root was made of: layers that share it follow one another
+
+    def prune(weight: Tensor, total: Total, before: Tensor | None) -> Pruned:
+        if last[0] is not total:
+            last[:] = [total, inverse_root(total.sum, settings.damping)]
+        root, damping = last[1]
+        new, mask = sparsify(weight, root, settings.share, settings.kept_of, block=settings.block, before=before)
+        error = relative_error(weight, new, total.sum)
+        return Pruned(new, mask, {"damping": damping, "error": error})
+
+    return prune
+
+
+def relative_error(weight: Tensor, new: Tensor, moments: Tensor) -> float:
+    """||(W - W') X||^2 / ||W X||^2 for weights [out, in] and X^T X [in, in]."""
+    difference, moments = (weight - new).float(), moments.float()
+    lost = float(((difference @ moments) * difference).sum())
+    whole = float(((weight.float() @ moments) * weight).sum())
+    return lost / whole if whole > 0 else 0.0
+
+
+def _cost(part: Tensor, diagonal: Tensor, before: Tensor | None, start: int) -> Tensor:
+    """What pruning each weight costs, [columns, out]; nothing for what is pruned already."""
+    cost = (part / diagonal[:, None]).square_()
+    return cost if before is None else cost.masked_fill_(~before[start : start + len(part)], 0.0)

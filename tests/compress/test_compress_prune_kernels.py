@@ -1,0 +1,137 @@
+"""The tensor kernels of pruning: exact counts, the right weights, and the least loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deploytool.compress.matrices import gram
+from deploytool.compress.prune import wanda
+from deploytool.compress.prune.magnitude import keep_mask
+from deploytool.compress.prune.pattern import check_widths, keep_in_rows, keep_of_groups
+from deploytool.compress.prune.sparsegpt import inverse_root, relative_error, sparsify
+from deploytool.errors import BackendFailed, UsageProblem
+
+
+def _layer(rows: int = 24, columns: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the moments X^T X of correlated inputs of very different strengths."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) * torch.linspace(0.05, 2, columns)
+    x = torch.randn(400, columns, generator=generator) @ mix
+    return torch.randn(rows, columns, generator=generator), gram(x.double())
+
+
+@pytest.mark.parametrize(("kept", "group"), [(2, 4), (4, 8), (1, 4), (3, 4), (1, 2)])
+def test_groups_keep_the_highest(kept: int, group: int) -> None:
+    """Of every M neighbours in a row exactly N must stay: those with the highest scores."""
+    score = torch.rand(5, 24, generator=torch.Generator().manual_seed(1))
+    keep = keep_of_groups(score, kept, group)
+    for row in range(5):
+        for start in range(0, 24, group):
+            part = score[row, start : start + group].numpy()
+            assert set(np.flatnonzero(keep[row, start : start + group])) == set(np.argsort(part)[group - kept :])
+
+
+def test_equal_scores_go_in_order() -> None:
+    """Of equal scores the first must go, so that a mask never depends on the machine."""
+    assert keep_of_groups(torch.ones(1, 4), 2, 4).tolist() == [[False, False, True, True]]
+    assert keep_in_rows(torch.zeros(2, 3), 1).tolist() == [[False, True, True]] * 2
+
+
+def test_a_pattern_must_divide_the_width() -> None:
+    """Layers whose rows the pattern does not divide must be named in the error."""
+    with pytest.raises(UsageProblem, match="must divide the row length") as caught:
+        check_widths({"good": 8, "bad": 9}, (2, 4))
+    assert caught.value.detail == ("bad: rows of 9 weights",)
+    check_widths({"any": 9}, None)
+
+
+def test_wanda_is_the_formula() -> None:
+    """Every row must lose the weights with the smallest |W| ||X||, the same number in every row."""
+    weight, moments = _layer()
+    keep = wanda.keep_mask(weight, moments.diagonal(), 0.4, None)
+    score = weight.abs().double().numpy() * np.sqrt(moments.diagonal().numpy())
+    for row in range(len(weight)):
+        assert set(np.flatnonzero(~keep[row].numpy())) == set(np.argsort(score[row])[: round(0.4 * 48)])
+
+
+def test_root_is_the_inverses_factor() -> None:
+    """U must be upper triangular with U^T U the inverse of the damped moments."""
+    _, moments = _layer()
+    root, damping = inverse_root(moments, 0.01)
+    assert damping == 0.01 and torch.equal(root, root.triu())
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    torch.testing.assert_close(root.T @ root @ damped, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_damping_grows_until_it_serves() -> None:
+    """Moments that are not positive definite must be damped more, and told; hopeless ones must be an error."""
+    _, moments = _layer()
+    shifted = moments - 0.05 * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    root, damping = inverse_root(shifted, 0.001)
+    assert damping == pytest.approx(0.1) and bool(torch.isfinite(root).all())
+    with pytest.raises(BackendFailed, match="positive definite"):
+        inverse_root(torch.tensor([[1.0, 1e9], [1e9, 1.0]]), 0.01)
+
+
+def _exact(weight: Tensor, moments: Tensor, keep: Tensor) -> Tensor:
+    """Column by column with inverses of the remaining moments, as the paper defines it; slow."""
+    w = weight.double().clone()
+    for j in range(w.shape[1]):
+        inverse = torch.linalg.inv(moments[j:, j:])
+        pruned = ~keep[:, j]
+        step = w[pruned, j] / inverse[0, 0]
+        w[pruned, j:] -= step[:, None] * inverse[0]
+        w[pruned, j] = 0
+    return w
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 48, 100])
+def test_sweep_is_the_papers_definition(block: int) -> None:
+    """For the mask that was chosen, the weights must be those of the definition, however columns are blocked."""
+    weight, moments = _layer()
+    root, damping = inverse_root(moments, 0.01)
+    new, keep = sparsify(weight, root, 0.5, block=block)
+    damped = moments + damping * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    torch.testing.assert_close(new, _exact(weight, damped, keep).float(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(new != 0, keep)
+    for start in range(0, 48, block):
+        part = keep[:, start : start + block]
+        assert int((~part).sum()) == round(0.5 * part.numel())
+
+
+@pytest.mark.parametrize(("kept", "group", "block"), [(2, 4, 16), (4, 8, 20), (1, 4, 3)])
+def test_sweep_keeps_the_pattern(kept: int, group: int, block: int) -> None:
+    """Every M neighbours must keep exactly N, also where the block is no multiple of M."""
+    weight, moments = _layer()
+    new, keep = sparsify(weight, inverse_root(moments, 0.01)[0], 0.0, (kept, group), block=block)
+    assert bool((keep.view(24, -1, group).sum(-1) == kept).all()) and not new[~keep].any()
+
+
+def test_each_method_loses_less_than_the_simpler_one() -> None:
+    """On correlated inputs SparseGPT must lose less of the outputs than Wanda, and that less than magnitude."""
+    weight, moments = _layer(rows=64)
+    masks = [keep_mask(weight, weight.numel() // 2), wanda.keep_mask(weight, moments.diagonal(), 0.5, None)]
+    simple = [relative_error(weight, weight * mask, moments) for mask in masks]
+    new, _ = sparsify(weight, inverse_root(moments, 0.01)[0], 0.5, block=48)
+    assert relative_error(weight, new, moments) < 0.8 * simple[1] < 0.8 * simple[0]
+
+
+def test_earlier_zeros_stay_first() -> None:
+    """Weights that were pruned before must be pruned again, and count among those asked for."""
+    weight, moments = _layer()
+    before = torch.rand(24, 48, generator=torch.Generator().manual_seed(3)) > 0.3
+    _, keep = sparsify(weight * before, inverse_root(moments, 0.01)[0], 0.5, block=48, before=before)
+    assert not (keep & ~before).any() and int(keep.sum()) == 24 * 24
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    """A dead input must leave all other weights finite and take part in the mask."""
+    weight, moments = _layer()
+    moments[5] = moments[:, 5] = 0
+    new, _ = sparsify(weight, inverse_root(moments, 0.01)[0], 0.5, block=16)
+    assert bool(torch.isfinite(new).all())
+    new, _ = sparsify(weight, inverse_root(torch.zeros(48, 48), 0.01)[0], 0.5, block=16)
+    assert bool(torch.isfinite(new).all())
