@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.compress.matrices import gram
-from deploytool.compress.quantize.gptq import Rounding, apply, gptq, inverse_root, output_error
+from deploytool.compress.quantize.gptq import Rounding, apply, gptq, inverse_root
+from deploytool.compress.quantize.layers import output_error
 from deploytool.compress.quantize.ranges import SHRINKS, choose
 from deploytool.compress.quantize.tables import Gptq
 from deploytool.compress.step import Calibration, Context

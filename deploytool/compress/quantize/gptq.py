@@ -16,7 +16,15 @@ from torch import Tensor
 
 from deploytool.compress.blocks import Block, walk_blocks
 from deploytool.compress.matrices import gram, matrix
-from deploytool.compress.quantize.layers import chosen_layers, group_of, put_on, refuse_none, shrinks_of
+from deploytool.compress.quantize.layers import (
+    chosen_layers,
+    group_of,
+    output_error,
+    put_on,
+    refuse_none,
+    shrinks_of,
+    weight_name,
+)
 from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.quantize.tables import Gptq
 from deploytool.compress.step import Context
@@ -140,7 +148,7 @@ def quantize_in_place(source: Source, settings: Gptq, context: Context) -> tuple
         for names, moments in _sharing(block):
             done = _quantize_together(block, names, moments, settings, source.masks)
             for name, (entry, encoding) in done.items():
-                encodings[_weight(name)] = encoding
+                encodings[weight_name(name)] = encoding
                 layers.append({"layer": name, **entry})
         context.progress(f"gptq: {block.name or 'the model'} ({len(layers)} of {len(picked)} layers)")
     seen = {entry["layer"] for entry in layers}
@@ -150,10 +158,6 @@ def quantize_in_place(source: Source, settings: Gptq, context: Context) -> tuple
     if raised:
         context.progress(f"gptq: damping was raised for {len(raised)} layers, {', '.join(raised[:3])} ...")
     return encodings, {"layers": layers, "skipped": skipped, "damping_raised": raised}
-
-
-def _weight(layer: str) -> str:
-    return f"{layer}.weight".lstrip(".")
 
 
 def _sharing(block: Block) -> list[tuple[list[str], Tensor]]:
@@ -191,18 +195,7 @@ def _quantize_together(
 
 
 def _kept(names: Sequence[str], weights: Sequence[Tensor], masks: Mapping[str, Tensor]) -> Tensor | None:
-    if not any(_weight(name) in masks for name in names):
+    if not any(weight_name(name) in masks for name in names):
         return None
     pairs = zip(names, weights, strict=True)
-    return torch.cat([masks.get(_weight(n), torch.ones_like(w, dtype=torch.bool)).view(w.shape) for n, w in pairs])
-
-
-def output_error(weight: Tensor, other: Tensor, moments: Tensor) -> float:
-    """|X (W - V)^T| / |X W^T| in the Frobenius norm, from the second moments of the rows of X."""
-    form = moments.float()
-
-    def size(matrix: Tensor) -> float:
-        return float(((matrix @ form) * matrix).sum().clamp(min=0))
-
-    whole = size(weight.float())
-    return (size(weight.float() - other.float()) / whole) ** 0.5 if whole > 0 else 0.0
+    return torch.cat([masks.get(weight_name(n), torch.ones_like(w, dtype=torch.bool)).view(w.shape) for n, w in pairs])

@@ -27,6 +27,11 @@ def chosen_layers(module: nn.Module, settings: Grid) -> tuple[dict[str, nn.Modul
     return {name: layer for name, layer in found.items() if name in chosen}, skipped
 
 
+def weight_name(layer: str) -> str:
+    """The name of a layer's weight; "" is the whole model."""
+    return f"{layer}.weight".lstrip(".")
+
+
 def group_of(weight: Tensor, group: int | str) -> int:
     """Columns of a matrix [out, in] that share a scale: `group`, at most all of them."""
     return weight.shape[1] if group == "channel" else min(int(group), weight.shape[1])
@@ -54,6 +59,17 @@ def put_on(layer: nn.Module, encoding: Encoding, wanted: Tensor | None = None) -
         "bits": encoding.bits, "group": encoding.group, "symmetric": encoding.symmetric,
         "bits_per_weight": bits_per_weight(encoding, before.numel()), "error": float(error),
     }  # fmt: skip
+
+
+def output_error(weight: Tensor, other: Tensor, moments: Tensor) -> float:
+    """|X (W - V)^T| / |X W^T| in the Frobenius norm, from the second moments of the rows of X."""
+    form = moments.float()
+
+    def size(matrix: Tensor) -> float:
+        return float(((matrix @ form) * matrix).sum().clamp(min=0))
+
+    whole = size(weight.float())
+    return (size(weight.float() - other.float()) / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def bits_per_weight(encoding: Encoding, elements: int) -> float:

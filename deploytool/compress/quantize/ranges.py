@@ -1,8 +1,8 @@
 """Chooses the grid of a weight matrix: scale and zero point of every row and group, from the values alone.
 
 Nothing but tensors here. The search over shrunken ranges weighs a few clipped outliers against finer steps for all
-others; with `importance`, the error of an input channel counts by how strong that channel is (the diagonal of the
-second-order form that Nagel et al., "Up or down?", ICML 2020, section 3, derive for the output's squared error).
+others. With `importance` the error is that of the layer's outputs: the quadratic form of the inputs' second moments
+(Nagel et al., "Up or down? Adaptive rounding for post-training quantization", ICML 2020, equation 9), or its diagonal.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ def choose(
 ) -> Encoding:  # fmt: skip
     """The encoding (axis 0) of a matrix [rows, columns], the best of all `shrinks` for every group by itself.
 
-    Best is the smallest sum of importance * (value - value on the grid)^2; `importance` [columns], 1 when not given.
+    Best is the smallest sum of importance * (value - value on the grid)^2 where `importance` is [columns], and the
+    smallest d M d^T where it is [columns, columns]: M the group's part of it, d the group's errors. 1 when not given.
     """
     matrix = matrix.detach().float()
     low, high = extremes(matrix, group)
     scale, zero = grid_between(low, high, bits, symmetric)
     if len(shrinks) > 1:
         cut = in_groups(matrix, group)
-        weight = None if importance is None else in_groups(importance[None].float(), group)
+        weight = None if importance is None else _weights(importance.float(), group)
         least = _error(cut, scale, zero, bits, weight)
         for shrink in shrinks:
             if shrink == 1.0:
@@ -71,8 +72,21 @@ def choose(
     return Encoding(bits, 0, group, scale, zero)
 
 
+def _weights(importance: Tensor, group: int) -> Tensor:
+    """[groups, group] of a vector; [groups, group, group], the diagonal blocks, of a matrix."""
+    if importance.ndim == 1:
+        return in_groups(importance[None], group)[0]
+    filled = pad(importance, (0, -len(importance) % group) * 2)
+    return torch.stack([filled[at : at + group, at : at + group] for at in range(0, len(filled), group)])
+
+
 def _error(cut: Tensor, scale: Tensor, zero: Tensor, bits: int, weight: Tensor | None) -> Tensor:
-    """[rows, groups]: the weighted squared error of every group [rows, groups, group] on its grid."""
+    """[rows, groups]: the error of every group [rows, groups, group] on its grid, as `choose` measures it."""
     scale, zero = scale[..., None], zero[..., None]
-    off = (cut / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale).sub_(cut).square_()
-    return (off if weight is None else off.mul_(weight)).sum(2)
+    off = (cut / scale).add_(zero).round_().clamp_(0, 2**bits - 1).sub_(zero).mul_(scale).sub_(cut)
+    if weight is None:
+        return off.square_().sum(2)
+    if weight.ndim == 2:
+        return off.square_().mul_(weight).sum(2)
+    through = torch.bmm(off.transpose(0, 1), weight)  # [groups, rows, group]
+    return through.mul_(off.transpose(0, 1)).sum(2).T

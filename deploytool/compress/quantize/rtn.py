@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deploytool.compress.matrices import matrix
 from deploytool.compress.quantize.found import find_grid
-from deploytool.compress.quantize.layers import chosen_layers, group_of, put_on, refuse_none, shrinks_of
+from deploytool.compress.quantize.layers import chosen_layers, group_of, put_on, refuse_none, shrinks_of, weight_name
 from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.quantize.tables import Rtn
 from deploytool.compress.step import Context
@@ -29,7 +29,7 @@ def apply(source: Source, settings: Rtn, context: Context) -> tuple[Source, dict
             skipped.append({"layer": name, "reason": f"its weight lies on no grid of {settings.bits} bits"})
             continue
         layers.append({"layer": name, **put_on(layer, encoding)})
-        encodings[f"{name}.weight".lstrip(".")] = encoding
+        encodings[weight_name(name)] = encoding
     refuse_none("rtn", layers, skipped)
     context.progress(f"rtn: {len(layers)} layers on grids of {settings.bits} bits")
     return with_module(source, module, encodings=encodings), {"layers": layers, "skipped": skipped}

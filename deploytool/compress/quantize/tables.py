@@ -57,3 +57,32 @@ class Gptq(Grid, StepTable):
     order: Literal["activation", "given"] = "activation"
     static_groups: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
+
+
+class Awq(Grid, StepTable):
+    """Scale the inputs that are strong on the calibration samples up before rounding, and what makes them down.
+
+    search      here the range is searched that changes the layer's outputs least, from extreme to extreme when false
+    exponents   how many exponents from 0 to 1 are tried for every tensor that linear layers read
+    round       false only scales: another step rounds
+    """
+
+    code: ClassVar[str] = "deploytool.compress.quantize.awq"
+    step: Literal["awq"]
+    search: bool = True
+    exponents: int = Field(default=11, ge=2, le=101)
+    round: bool = True
+
+
+class SmoothQuant(StepTable):
+    """Move the range of activations into the weights that read them, so that both fit eight bits.
+
+    alpha              how much of it: 0 leaves the activations' ranges, 1 makes them all equal
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer
+    """
+
+    code: ClassVar[str] = "deploytool.compress.quantize.smoothquant"
+    step: Literal["smoothquant"]
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
