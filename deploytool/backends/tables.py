@@ -85,8 +85,8 @@ class OpenVinoBuild(KeepFp32):
 class SizeRange(Table):
     """Sizes of one free dimension that an engine takes, and the one that it is tuned for."""
 
-    min: int = Field(ge=1)
-    opt: int = Field(ge=1)
+    min: int = Field(ge=0)  # a cache may be empty
+    opt: int = Field(ge=0)
     max: int = Field(ge=1)
 
     @model_validator(mode="after")
