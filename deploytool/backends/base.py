@@ -51,6 +51,7 @@ class Request:
     portable     the ONNX lowering, for backends that accept "onnx"; else None
     calibration  re-iterable real feeds, NumPy
     cases        re-iterable inputs that parity is taken on; the first is the one that is timed
+    encodings    the file of the quantized constants of `portable`, for `encoding.read_coded`; None without any
     out          an existing, empty folder to write to
     """
 
@@ -62,6 +63,7 @@ class Request:
     cases: Callable[[], Iterable[Outputs]]
     out: Path
     seed: int = 0
+    encodings: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from deploytool.artifact import Artifact
 from deploytool.backends.base import Request, build_artifact, find_backend
 from deploytool.cases import read_cases
+from deploytool.encoding import ENCODINGS
 from deploytool.signature import Outputs, Signature
 from deploytool.source import ModelRef, Source
 from deploytool.storage import read_json
@@ -41,6 +42,7 @@ def build_job(
         cases=cases,
         out=Path(out),
         seed=seed,
+        encodings=folder / ENCODINGS if (folder / ENCODINGS).is_file() else None,
     )
     _copy_assets(folder / "assets", Path(out))
     model = {"name": ref["name"], "ref": dict(ref), "fingerprint": fingerprint}

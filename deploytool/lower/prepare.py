@@ -8,6 +8,7 @@ Written to a folder of the cache:
     original/NNN.npz      for a compressed model: the same inputs and the uncompressed module's outputs
     calibration/NNN.npz   inputs only: training batches where the model has them, else its samples
     onnx/                 the portable artifact
+    encodings.npz         for a quantized model: the codes of the graph's constants
     assets/               tokenizer and the like
 """
 
@@ -26,11 +27,13 @@ from torch import Tensor
 
 from deploytool.artifact import Artifact
 from deploytool.cases import Case
+from deploytool.encoding import ENCODINGS
 from deploytool.errors import InputRefused
 from deploytool.load.infer import refused_size
 from deploytool.load.model import open_source
 from deploytool.load.track import tracking
 from deploytool.load.variants import parity_feeds, shapes
+from deploytool.lower.encodings import write_encodings
 from deploytool.lower.onnx import Exporter, lower_onnx
 from deploytool.lower.onnx_take import take_onnx
 from deploytool.signature import Outputs
@@ -58,6 +61,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
         _record_calibration(source, folder / "calibration")
     recorded = time.perf_counter()
     portable = _portable(source, folder / "onnx", exporter) if exporter else None
+    unplaced = write_encodings(source, portable.main_file, folder / ENCODINGS) if portable and source.encodings else []
     _copy_assets(source.assets, folder / "assets")
     prepared = {
         "name": source.ref.name,
@@ -69,6 +73,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
         "has_prompts": source.prompts is not None,
         "original": None if source.original is None else vars(source.original),
         "exporter": portable.history[-1].settings["exporter"] if portable else None,
+        "encodings": {"of": len(source.encodings), "not_in_graph": unplaced},
         "seconds": {"load": loaded - started, "reference": recorded - loaded,
                     "lower": time.perf_counter() - recorded},
     }  # fmt: skip
