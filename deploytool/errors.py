@@ -102,6 +102,7 @@ CODES: dict[str, str] = {
     "DT103": "The bundle's self-test failed: golden inputs no longer give the golden outputs.",
     "DT104": "Compression loses more of a metric than the recipe's [quality] allows.",
     "DT105": "Compression diverged: a loss, a gradient or an output is NaN or infinite.",
+    "DT106": "A search found no configuration that keeps the quality that was asked for.",
     "DT201": "The command line holds an unknown name or option.",
     "DT202": "A TOML file (profile, recipe or project file) has unknown keys, wrong types or values out of range.",
     "DT203": "The output already exists; nothing is overwritten unless asked.",

@@ -20,6 +20,7 @@ LAYERS = (
     {"train"},
     {"compress", "verify", "bench", "bundle", "gate", "report"},
     {"pipeline"},
+    {"tune"},
     {"cli"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

@@ -25,6 +25,7 @@ from deploytool.errors import CODES, DeployError, EnvironmentLacking, InternalEr
 COMMANDS = {
     "export": "Lower, build, verify and time a model for one or more targets",
     "compress": "Run a recipe's compression steps; the result is a model again",
+    "tune": "Search for the best artifact within a quality budget",
     "verify": "Compare artifacts with their reference again",
     "bench": "Time artifacts against each other, interleaved",
     "package": "Put verified artifacts into one bundle",

@@ -1,0 +1,113 @@
+"""deploytool tune"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploytool.cli import options
+from deploytool.worker import Limits
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """Seconds, or a number with s, m or h: 90, 90s, 20m, 1.5h."""
+
+    name = "duration"
+    _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}  # noqa: RUF012
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
+        seconds = float(found[1]) * self._UNITS[found[2]] if found else 0.0
+        if not seconds:
+            self.fail(f"{value!r} must be a time above 0 such as 90s, 20m or 1h", param, ctx)
+        return seconds
+
+
+class Drop(options.Share):
+    """A share, 0.01, or a percentage, 1%."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        if not text.endswith("%"):
+            return super().convert(text, param, ctx)
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = text  # type: ignore[assignment]  # which is refused below
+        return super().convert(share, param, ctx)
+
+
+class Sizes(click.ParamType):  # type: ignore[type-arg]
+    """Sizes of free dimensions: batch=1,sequence=64."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        if isinstance(value, dict):
+            return value
+        parts = [re.fullmatch(r"\s*(\w+)=([1-9]\d{0,8})\s*", part) for part in str(value).split(",")]
+        if not all(parts):
+            self.fail(f"{value!r} must be sizes such as batch=1,sequence=64", param, ctx)
+        return {part[1]: int(part[2]) for part in parts if part}
+
+
+@click.command("tune")
+@click.argument("model", required=False)
+@click.option("-t", "--target", "targets", multiple=True, help="A target to search over; repeat it, or `all`.")
+@click.option("-r", "--recipe", "recipes", multiple=True, help="A compression recipe to try too; repeat it.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder; an unfinished search in it goes on.")
+@click.option("--max-drop", default="1%", type=Drop(most=1.0), show_default=True,
+              help="What any metric may lose: 1% or 0.01.")  # fmt: skip
+@click.option("--objective", type=click.Choice(["latency", "size", "memory", "energy"]), default="latency",
+              show_default=True, help="What is made small.")  # fmt: skip
+@click.option("--budget", default="20m", type=Duration(), show_default=True, help="Time for the search.")
+@click.option("--at", "sizes", multiple=True, type=Sizes(),
+              help="Sizes to time at, batch=1,sequence=64; repeat it for several.")  # fmt: skip
+@click.option("--exhaustive", is_flag=True, help="Try every combination of settings, whatever it takes.")
+@click.option("--bench-seconds", default=10.0, type=options.SECONDS_OR_NONE, show_default=True,
+              help="Time for the chosen artifact's own report.")  # fmt: skip
+@options.seed_option
+@options.limits_options
+@options.dry_run_option
+@options.quiet_option
+@options.json_option
+def command(
+    model: str | None, targets: tuple[str, ...], recipes: tuple[str, ...], output: Path | None, max_drop: float,
+    objective: Any, budget: float, sizes: tuple[dict[str, int], ...], exhaustive: bool, bench_seconds: float, seed: int,
+    limits: Limits, dry_run: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Search for the best artifact of MODEL that loses at most --max-drop.
+
+    Targets, their settings, recipes and runtime settings are tried, cheap checks first and interleaved timing last.
+    """
+    from deploytool.pipeline.export import ALL, Options
+    from deploytool.target import target_names
+    from deploytool.tune.run import bucket_names, make_plan, tune
+    from deploytool.tune.search import Question
+
+    say = options.say(quiet)
+    name = options.model_or_default(model, say)
+    chosen = [n for t in options.targets_or_default(targets) for n in (target_names() if t == ALL else [t])]
+    out = output or Path("deploytool-tune") / Path(name).stem
+    plan = make_plan(name, chosen, recipes, sizes, out)
+    question = Question(objective, max_drop, budget, bucket_names(plan.sizes), exhaustive, seed)
+    say(f"plan: {json.dumps(plan.to_json(question, out))}")
+    if dry_run:
+        if as_json:
+            options.print_json({"schema_version": "1.0", "plan": plan.to_json(question, out)})
+        return
+    for target, reason in plan.unavailable.items():
+        say(f"{target}: unavailable, {reason}")
+    result = tune(plan, question, Options(out=out, bench_seconds=bench_seconds, seed=seed, limits=limits), say)
+    if as_json:
+        options.print_json(result)
+    else:
+        from deploytool.report.table import grid_table
+        from deploytool.tune.front import tune_grid
+
+        click.echo(grid_table(tune_grid(result)))
+        click.echo(f"chosen: {result['chosen']['name']}; `cd {out} && deploytool export` makes it again")

@@ -1,0 +1,192 @@
+"""One search from start to end: what was asked, the search itself, and what is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deploytool.artifact import MANIFEST, REPORT, Artifact
+from deploytool.backends.base import find_backend, load_checked_target
+from deploytool.bench.compare import compare
+from deploytool.bench.energy import Meter
+from deploytool.bench.environment import environment
+from deploytool.bench.sizes import resized_case
+from deploytool.compress.recipe import find_recipe, load_recipe
+from deploytool.errors import EnvironmentLacking, UsageProblem
+from deploytool.load.resolve import resolve
+from deploytool.pipeline.export import Options
+from deploytool.pipeline.reference import Reference
+from deploytool.report.rows import Page
+from deploytool.source import ModelRef
+from deploytool.storage import refuse_existing, sha256_file, write_bytes, write_json
+from deploytool.target import Target
+from deploytool.tune.front import front, plot, tune_grid
+from deploytool.tune.project import CHOSEN, model_name, profile_of, write_project
+from deploytool.tune.search import Question, Search, Trial
+from deploytool.tune.space import bases
+from deploytool.tune.store import Store
+from deploytool.tune.track import Track
+from deploytool.tune.workshop import Workshop
+
+SCHEMA_VERSION = "1.0"
+RESULT = "tune.json"
+_STORE = "tune.sqlite"
+_SLOT_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be searched: printed before work starts.
+
+    sizes     free sizes of each bucket; an empty one is the model's first sample
+    """
+
+    model: ModelRef
+    typed: str
+    targets: tuple[Target, ...]
+    unavailable: Mapping[str, str]
+    recipes: tuple[Path, ...]
+    sizes: tuple[Mapping[str, int], ...]
+
+    def to_json(self, question: Question, out: Path) -> dict[str, Any]:
+        asked = asdict(question)
+        return {"model": asdict(self.model), "targets": [t.name for t in self.targets], **asked,
+                "unavailable": dict(self.unavailable), "recipes": [r.stem for r in self.recipes],
+                "output": str(out), "configurations": len(bases(self.targets, self.recipes))}  # fmt: skip
+
+
+def make_plan(
+    model: str, targets: Sequence[str], recipes: Sequence[str], sizes: Sequence[Mapping[str, int]], out: Path
+) -> Plan:
+    """Resolve names and check files; raises before any work is done. A folder that a search wrote is gone on with."""
+    ref = resolve(model)
+    refuse_existing(out, (out / _STORE).is_file())
+    profiles = [load_checked_target(name) for name in dict.fromkeys(targets)]
+    names = [profile.name for profile in profiles]
+    if len(set(names)) < len(names):
+        raise UsageProblem("DT201", f"every target must have a name of its own (got {', '.join(names)})",
+                           fix="change `name` in one of the profiles")  # fmt: skip
+    probes = {p.name: find_backend(p.backend).probe(p) for p in profiles}
+    able = tuple(p for p in profiles if probes[p.name].available)
+    if not able:
+        raise EnvironmentLacking("DT401", "at least one target must be buildable here (none is)",
+                                 detail=[f"{n}: {p.reason}" for n, p in probes.items()])  # fmt: skip
+    paths = tuple(find_recipe(name) for name in recipes)
+    for path in paths:
+        load_recipe(path)
+    unavailable = {n: p.reason for n, p in probes.items() if not p.available}
+    return Plan(ref, model, able, unavailable, paths, tuple(sizes) or ({},))
+
+
+def bucket_names(sizes: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
+    """What the figures of each bucket are called."""
+    return tuple(",".join(f"{k}={v}" for k, v in one.items()) or "sample" for one in sizes)
+
+
+def tune(plan: Plan, question: Question, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+    """Search; returns what `tune --json` prints, and writes it with the chosen artifact into `options.out`.
+
+    A search that was stopped goes on where it was. Raises CheckFailed when nothing keeps the quality, and
+    EnvironmentLacking when energy is asked for and cannot be read.
+    """
+    meter = Meter() if question.objective == "energy" else None
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    with Store(out) as store, Workshop(plan.model, out, options, store, say) as shop:
+        graph = any(find_backend(p.backend).accepts == "onnx" for p in plan.targets)
+        reference = shop.reference(None, graph)
+        cases = [resized_case(reference.signature, reference.cases, sizes, out / "cases") if sizes
+                 else reference.cases[0] for sizes in plan.sizes]  # fmt: skip
+        with Track(cases, _SLOT_SECONDS, options.limits, meter) as track:
+            search = Search(shop, track, store, question, cases, say)
+            chosen = search.run(bases(plan.targets, plan.recipes))
+        return _finish(plan, question, options, search, chosen, reference, cases[0], say)
+
+
+def _finish(
+    plan: Plan, question: Question, options: Options, search: Search, chosen: Trial, reference: Reference, case: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    assert chosen.product is not None and chosen.quality is not None
+    out = options.out
+    profile = profile_of(chosen.config, question.max_drop)
+    compressed = search.shop.compressed_folder(chosen.config.recipe) if chosen.config.recipe else None
+    name = model_name(plan.typed, plan.model, out)
+    write_project(out, name, chosen.config, profile, chosen.product.artifact.folder, compressed)
+    artifact = _renamed(out / CHOSEN, profile)
+    found = [search.figures(trial) for trial in search.trials.values()]
+    result = {
+        "schema_version": SCHEMA_VERSION, "model": plan.model.name, "objective": question.objective,
+        "max_drop": question.max_drop, "budget_seconds": question.budget_seconds, "spent_seconds": search.spent,
+        "environment": environment(), "anchor": search.anchor.config.name if search.anchor else None,
+        "buckets": list(question.buckets), "chosen": search.figures(chosen), "front": front(found),
+        "configurations": found, "unavailable": dict(plan.unavailable), "artifact": str(out / CHOSEN),
+        "findings": _findings(search, chosen),
+    }  # fmt: skip
+    _report(artifact, result, chosen, reference, case, options, say)
+    write_json(out / RESULT, result)
+    _picture(out, result)
+    return result
+
+
+def _renamed(folder: Path, profile: Target) -> Artifact:
+    """The artifact with the chosen profile and its runtime settings in its manifest."""
+    artifact = Artifact.load(folder)
+    settings = {**artifact.settings, **profile.runtime.model_dump(mode="json")}
+    return replace(artifact, target=profile.to_json(), settings=settings).save(known=artifact.files)
+
+
+def _report(
+    artifact: Artifact, result: Mapping[str, Any], chosen: Trial, reference: Reference, case: Path, options: Options,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write the chosen artifact's report, with its speed against the eager module where timing is wanted."""
+    assert chosen.product is not None and chosen.quality is not None
+    speed = memory = None
+    if options.bench_seconds > 0:
+        say("timing the chosen artifact against the eager module")
+        speed = compare(artifact, {"eager": reference.eager()}, case, limits=options.limits,
+                        budget_seconds=options.bench_seconds, seed=options.seed)  # fmt: skip
+        eager = speed["against"]["eager"]
+        memory = {"peak_rss_bytes": speed.pop("peak_rss_bytes")}
+        speed |= {"reference_p50_ms": eager["p50_ms"]} | {k: eager[k] for k in ("speedup", "speedup_ci", "verdict")}
+    write_json(artifact.folder / REPORT, {
+        "schema_version": SCHEMA_VERSION, "model": result["model"], "environment": result["environment"],
+        "target": artifact.target["name"], "status": "ok", "reason": None, "artifact": ".",
+        "artifact_digest": sha256_file(artifact.folder / MANIFEST), "size_bytes": artifact.size_bytes,
+        "precision": artifact.precision, "executed": artifact.executes,
+        "parity": {"passed": True, "shapes": reference.prepared.info["shapes"], **chosen.product.parity},
+        "compression": None, "quality": chosen.quality["quality"], "generation": chosen.quality["generation"],
+        "speed": speed, "memory": memory, "findings": result["findings"], "seconds": dict(chosen.product.seconds),
+    })  # fmt: skip
+
+
+def _findings(search: Search, chosen: Trial) -> list[str]:
+    said = []
+    if search.out_of_time:
+        said.append("the budget was used up before everything near the best was tried")
+    if search.shop.reference(None, False).prepared.info["synthetic"]:
+        said.append("the samples are synthetic: neither quality nor parity on your own data is shown")
+    assert chosen.quality is not None
+    if not chosen.quality["quality"]:
+        said.append(f"the drop is {chosen.quality['drop_of']} not a loss of a task metric")
+    changes = dict(chosen.config.changes)
+    if changes.get("build.reduce_range") is False or changes.get("build.weight_bits") == 8:
+        said.append("8-bit weights: exact on this CPU, and may saturate on CPUs without VNNI")
+    return said
+
+
+def _picture(out: Path, result: Mapping[str, Any]) -> None:
+    """The front as a picture, and as one HTML page where the extra `report` is there."""
+    picture = plot(result)
+    if not picture:
+        return
+    write_bytes(out / "tune.svg", picture.encode())
+    with contextlib.suppress(ImportError):
+        from deploytool.report.html import page_html
+
+        page = page_html(Page(f"Search over {result['model']}", (), tune_grid(result)))
+        write_bytes(out / "tune.html", page.replace("</body>", f"{picture}</body>").encode())

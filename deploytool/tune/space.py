@@ -1,0 +1,113 @@
+"""What a search may vary: targets, build settings, runtime settings, and recipes that the user names."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deploytool.bench.environment import environment, usable_cores
+from deploytool.target import Target
+
+Change = tuple[str, Any]  # ("build.reduce_range", False)
+
+# Settings worth trying beside those of the profile, per backend and precision. All are keys of the backend's own table.
+CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
+    ("torchscript", "fp32"): {"optimize": (False,)},
+    ("fbgemm", "int8"): {"keep_fp32": (0,), "weight_bits": (8,), "embeddings": (True,)},
+    ("onnxruntime", "int8"): {
+        "keep_fp32": (0,),
+        "reduce_range": (False,),
+        "op_types": (("MatMul", "LSTM", "Attention", "Gather"),),
+    },
+    ("openvino", "int8"): {"scheme": ("transformer", "unsmoothed"), "keep_fp32": (0,), "preset": ("performance",)},
+}
+# 8-bit weights saturate in the kernels of CPUs without VNNI: not offered there.
+_NEEDS_VNNI: tuple[Change, ...] = (("reduce_range", False), ("weight_bits", 8))
+_VNNI = {"avx512_vnni", "avx_vnni"}
+# Settings that make the file smaller and not quicker: tried for that objective only.
+_FOR_SIZE = {"embeddings", "op_types"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration: a profile with changes of its settings, of the model or of what a recipe made of it."""
+
+    profile: Target
+    changes: tuple[Change, ...] = ()
+    recipe: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Short and unique within a search: "svd + ort-int8 keep_fp32=0 threads=1"."""
+        words = [f"{key.partition('.')[2]}={_word(value)}" for key, value in self.changes]
+        return " ".join([*([self.recipe.stem, "+"] if self.recipe else []), self.profile.name, *words])
+
+    @property
+    def target(self) -> Target:
+        """The profile as it is to be built, under its own name."""
+        data = self.profile.to_json()
+        for key, value in self.changes:
+            table, _, name = key.partition(".")
+            data[table] = {**data[table], name: list(value) if isinstance(value, tuple) else value}
+        return Target.model_validate(data, strict=False)
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """What the artifact's settings are replaced by when it is opened: the same files serve all of these."""
+        return self.target.runtime.model_dump(mode="json")
+
+    def with_change(self, key: str, value: Any) -> Config:
+        """The configuration with one setting changed."""
+        return replace(self, changes=tuple(sorted({**dict(self.changes), key: value}.items())))
+
+    def with_build_of(self, other: Config) -> Config:
+        """The other's build with the runtime settings of this one."""
+        kept = {key: value for key, value in self.changes if key.startswith("runtime.")}
+        build = {key: value for key, value in other.changes if key.startswith("build.")}
+        return replace(other, changes=tuple(sorted({**build, **kept}.items())))
+
+
+def _word(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+
+def build_choices(profile: Target, objective: str) -> list[Change]:
+    """Changes of build settings to try, one at a time or together; those that the profile has already are left out."""
+    vnni = bool(_VNNI & set(environment()["cpu_flags"]))
+    found: list[Change] = []
+    for key, values in CHOICES.get((profile.backend, profile.precision), {}).items():
+        for value in values:
+            wanted = (vnni or (key, value) not in _NEEDS_VNNI) and (objective == "size" or key not in _FOR_SIZE)
+            if wanted and profile.build.get(key) != (list(value) if isinstance(value, tuple) else value):
+                found.append((f"build.{key}", value))
+    return found
+
+
+def runtime_choices(profile: Target) -> list[Change]:
+    """Changes of runtime settings to try: one thread where more are the rule, and ONNX Runtime without spinning."""
+    found: list[Change] = []
+    if profile.runtime.threads != 1 and usable_cores() > 1:
+        found.append(("runtime.threads", 1))
+    if profile.backend == "onnxruntime" and profile.runtime.spinning and usable_cores() > 1:
+        found.append(("runtime.spinning", False))
+    return found
+
+
+def bases(profiles: Sequence[Target], recipes: Iterable[Path]) -> list[Config]:
+    """Every profile as it is, of the model and of each recipe's result; what is quick to build comes first."""
+    ordered = sorted(profiles, key=lambda p: (p.precision != "fp32", p.backend != "onnxruntime"))
+    return [Config(profile, recipe=recipe) for recipe in (None, *recipes) for profile in ordered]
+
+
+def everything(base: Config, objective: str) -> Iterator[Config]:
+    """Every combination of the settings that are offered for one profile."""
+    choices: dict[str, list[Any]] = {}
+    for key, value in [*build_choices(base.profile, objective), *runtime_choices(base.profile)]:
+        choices.setdefault(key, [None]).append(value)
+    for values in itertools.product(*choices.values()):
+        changes = {k: v for k, v in zip(choices, values, strict=True) if v is not None}
+        if not (changes.get("runtime.threads") == 1 and "runtime.spinning" in changes):  # one thread has none to wait
+            yield replace(base, changes=tuple(sorted(changes.items())))
