@@ -104,10 +104,11 @@ def rounding_session(path: Path, threads: int = 0) -> ort.InferenceSession:
     outputs would look better than any GPU's. Two Identities after every fp16 value (one alone is run in float too),
     kept by switching optimization off, bring the rounding back.
     """
-    return _session(_rounding(onnx.load(path)).SerializeToString(), threads)
+    return _session(with_roundings(onnx.load(path)).SerializeToString(), threads)
 
 
-def _rounding(model: ModelProto) -> ModelProto:
+def with_roundings(model: ModelProto) -> ModelProto:
+    """A copy in which every fp16 value is really rounded; see rounding_session."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
     halves = {v.name for v in inferred.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT16}
     result = ModelProto()

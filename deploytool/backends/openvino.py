@@ -51,17 +51,21 @@ class OpenVino:
 
     def open(self, artifact: Artifact) -> Runner:
         """Compile the IR for the CPU, for the latency of single requests."""
-        config = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads_of(artifact),
-            "INFERENCE_PRECISION_HINT": "f32",  # CPUs with bf16 would compute in it otherwise
-        }
         try:
-            core = ov.Core()
-            compiled = core.compile_model(core.read_model(artifact.main_file), "CPU", config)
+            compiled = compile_ir(ov.Core().read_model(artifact.main_file), threads_of(artifact))
         except RuntimeError as error:
             raise BackendFailed("DT504", f"OpenVINO must compile {artifact.entry} (got: {error})"[:2000]) from error
         return CompiledRunner(compiled, artifact.signature)
+
+
+def compile_ir(model: ov.Model, threads: int) -> ov.CompiledModel:
+    """A model compiled for the CPU in the precision that it is written in; raises RuntimeError."""
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # CPUs with bf16 would compute in it otherwise
+    }
+    return ov.Core().compile_model(model, "CPU", config)
 
 
 class CompiledRunner(EngineRunner):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.backends.base import find_backend
+from deploytool.backends.cut import CUTTERS
 from deploytool.bench.compare import compare
 from deploytool.bench.statistics import MIN_BLOCKS
 from deploytool.bundle.contents import opened
@@ -27,14 +29,18 @@ from deploytool.results import Verdict
 from deploytool.signature import Outputs
 from deploytool.source import ModelRef
 from deploytool.target import Target
+from deploytool.verify.derived import derived_limits
 from deploytool.verify.judge import judge_parity, judge_quality
 
 
-def verify_again(path: Path, model: str | None, options: Options, say: Say) -> dict[str, Any]:
+def verify_again(
+    path: Path, model: str | None, options: Options, say: Say, *, find_node: bool = False
+) -> dict[str, Any]:
     """Parity, and the task metric, of every artifact at `path` against its model.
 
     The model is `model`, else the one that the artifact names. Where neither can be read, the reference outputs
-    that were recorded with the artifact are compared, and the finding says so.
+    that were recorded with the artifact are compared, and the finding says so. With `find_node`, artifacts that fail
+    are searched for the first wrong node, which needs the model.
     """
     results = []
     with opened(path) as artifacts, tempfile.TemporaryDirectory(prefix="deploytool-") as work:
@@ -43,6 +49,8 @@ def verify_again(path: Path, model: str | None, options: Options, say: Say) -> d
             artifact.check()
             say(f"{name}: verifying")
             ref = _model_of(artifact, model, options.samples)
+            if find_node:
+                _refuse_search(name, artifact, ref)
             if ref is None:
                 results.append(_verify_golden(name, artifact, options))
                 continue
@@ -51,8 +59,33 @@ def verify_again(path: Path, model: str | None, options: Options, say: Say) -> d
                 folder = Path(tempfile.mkdtemp(dir=work))
                 prepared = prepared_and_checked(ref, options, key[1])
                 references[key] = Reference(ref, prepared, folder, options.limits, options.seed)
-            results.append(_verify_with(name, artifact, references[key], options))
+            result = _verify_with(name, artifact, references[key], options)
+            if find_node:
+                say(f"{name}: searching for the first wrong node")
+                result["bisect"] = _search(artifact, references[key], options, failed=not result["parity"]["passed"])
+            results.append(result)
     return {"schema_version": SCHEMA_VERSION, "path": str(path), "targets": results}
+
+
+def _refuse_search(name: str, artifact: Artifact, ref: ModelRef | None) -> None:
+    """Before any work: a search needs a graph, and the model to compare it with."""
+    if artifact.backend not in CUTTERS:
+        raise InputRefused("DT313", f"only an artifact with a graph can be bisected (got {name}, whose backend "
+                           f"{artifact.backend!r} runs the module itself)", fix="choose another target")  # fmt: skip
+    if ref is None:
+        raise InputRefused("DT301", f"the model must be here to find where {name} parts from it (it is not)",
+                           fix="name it with --model")  # fmt: skip
+
+
+def _search(artifact: Artifact, reference: Reference, options: Options, *, failed: bool) -> dict[str, Any]:
+    """What `verify --bisect` finds; nothing is searched where parity passed."""
+    if not failed:
+        return {"found": "nothing", "sentence": "parity passed: there is no wrong node to find"}
+    found: dict[str, Any] = worker.run(
+        f"bisecting {artifact.target['name']}", "deploytool.verify.bisect:bisect_job", options.limits,
+        artifact=str(artifact.folder), prepared=str(reference.prepared.folder), ref=asdict(reference.ref),
+    )  # fmt: skip
+    return found
 
 
 def _model_of(artifact: Artifact, model: str | None = None, samples: Path | None = None) -> ModelRef | None:
@@ -97,7 +130,9 @@ def _verify_with(name: str, artifact: Artifact, reference: Reference, options: O
         raise InputRefused("DT308", f"the artifact must take what the model {reference.ref.name!r} takes",
                            detail=[f"model:    {expected}", f"artifact: {artifact.signature}"],
                            fix="name the model that it was exported from with --model")  # fmt: skip
-    parity = reference.verify(artifact)
+    noise = reference.noise()
+    parity = {**reference.verify(artifact), "noise": noise}
+    parity["derived"] = derived_limits(noise, artifact.precision, limits)
     quality, generation = reference.quality_of(artifact, options.quality)
     wrong = judge_parity(parity, limits) + judge_quality(quality, generation, limits)
     changed = artifact.model["fingerprint"] != reference.prepared.fingerprint

@@ -93,6 +93,19 @@ class Reference:
         """The artifact's outputs against the recorded ones, computed anew."""
         return self._compare(artifact, self.prepared.folder / "cases")
 
+    def noise(self) -> dict[str, Any]:
+        """How far the model's outputs move by rounding alone (lower/noise.py); kept with the prepared model."""
+        if not self.ref.has_module:
+            return {"outputs": {}, "skipped": dict.fromkeys(("fp64", "shuffled"), "an ONNX file has no module")}
+        kept = self.prepared.folder / "noise.json"
+        if kept.is_file():
+            known: dict[str, Any] = read_json(kept)
+            return known
+        found: dict[str, Any] = worker.run(f"measuring the noise of {self.ref.name}",
+                                           "deploytool.lower.noise:noise_job", self._limits, ref=asdict(self.ref),
+                                           prepared=str(self.prepared.folder))  # fmt: skip
+        return found
+
     def compression(self, artifact: Artifact) -> dict[str, Any] | None:
         """How far a compressed model's artifact is from the uncompressed module; None for other models."""
         return None if self.ref == self.original else self._compare(artifact, self.prepared.folder / "original")

@@ -10,17 +10,21 @@ from deploytool.target import Limits
 
 
 def judge_parity(parity: Mapping[str, Any], limits: Limits) -> list[str]:
-    """What is wrong with figures that `parity_job` returned, one sentence each; empty when they pass."""
+    """What is wrong with figures that `parity_job` returned, one sentence each; empty when they pass.
+
+    Where they hold "derived" (derived.py), outputs are held to those limits too.
+    """
     if not parity["cases"] or not parity["outputs"]:
         return ["nothing was compared"]
     wrong = []
     for name, figures in parity["outputs"].items():
         wrong += [f"output {name!r}: {problem}" for problem in figures["problems"]]
-        wrong += [f"output {name!r}: {sentence}" for sentence in _beyond(figures, limits)]
+        own = (parity.get("derived") or {}).get(name)
+        wrong += [f"output {name!r}: {sentence}" for sentence in _beyond(figures, limits, own)]
     return wrong
 
 
-def _beyond(figures: Mapping[str, Any], limits: Limits) -> list[str]:
+def _beyond(figures: Mapping[str, Any], limits: Limits, derived: Mapping[str, Any] | None) -> list[str]:
     wrong = []
     if not figures["cosine"] >= limits.cosine_min:  # also where it is no number
         wrong.append(f"cosine of the worst sample must be at least {limits.cosine_min} "
@@ -28,6 +32,10 @@ def _beyond(figures: Mapping[str, Any], limits: Limits) -> list[str]:
     elif not figures["relative_error"] <= error_max(limits.cosine_min):
         wrong.append(f"relative error of the worst sample must be at most {error_max(limits.cosine_min):.3g}, which "
                      f"goes with that cosine (got {figures['relative_error']:.3g})")  # fmt: skip
+    elif derived and not figures["relative_error"] <= derived["relative_error_max"]:
+        wrong.append(f"relative error must be at most {derived['relative_error_max']:.3g} (got "
+                     f"{figures['relative_error']:.3g} at {figures['worst_error_sample']}); the limit is "
+                     f"{derived['from']}")  # fmt: skip
     if limits.max_abs is not None and figures["max_abs"] > limits.max_abs:
         wrong.append(f"largest absolute error must be at most {limits.max_abs} (got {figures['max_abs']:.3g})")
     if limits.sqnr_db_min is not None and figures["sqnr_db"] < limits.sqnr_db_min:
