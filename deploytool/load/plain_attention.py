@@ -69,8 +69,8 @@ class PlainAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[..., tokens, heads * head_dim] -> [..., heads, tokens, head_dim]."""
-        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
-        return heads.transpose(-3, -2)
+        # not unflatten: torch's exporter to ONNX takes the sizes behind it for constants
+        return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(-3, -2)
 
 
 class PlainEncoderLayer(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from deploytool.errors import InputRefused, nearest
+from deploytool.load.attention_routing import Pattern, reroute
 from deploytool.load.flat import FlatModule
 from deploytool.load.plain_attention import plain
 from deploytool.source import Source
@@ -62,6 +63,7 @@ def replace_linear_by_pair(root: nn.Module, name: str, rank: int) -> nn.Sequenti
 
 EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
+    "attention_pattern": lambda root, edit: reroute(root, edit["layer"], Pattern(**edit["pattern"])),
     "plain_attention": lambda root, edit: replace_layer(root, edit["layer"], plain(root.get_submodule(edit["layer"]))),
 }
 

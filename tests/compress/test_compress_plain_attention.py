@@ -1,4 +1,4 @@
-"""The step that opens torch's fused attention: same outputs, and the folder comes back."""
+"""Steps that replace attention: torch's fused modules opened, blocks and windows; the folder and its ONNX graph."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from deploytool.compress.attention import routed
 from deploytool.compress.attention.plain import apply
-from deploytool.compress.attention.tables import PlainAttention
+from deploytool.compress.attention.tables import BlockwiseAttention, LocalAttention, PlainAttention
 from deploytool.compress.run import compress_job
-from deploytool.compress.step import Context
+from deploytool.compress.step import Calibration, Context
 from deploytool.errors import UsageProblem
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
+from deploytool.lower.onnx import lower_onnx
 from deploytool.source import Source
 
 FUSED = """
@@ -79,3 +81,47 @@ def test_a_model_without_them_is_told(tiny: Source, context: Context) -> None:
     """Nothing to replace must be an error, not a step that did nothing."""
     with pytest.raises(UsageProblem, match=r"must find nn\.MultiheadAttention"):
         apply(tiny, PlainAttention(step="plain-attention"), context)
+
+
+ROUTED = [BlockwiseAttention(step="blockwise-attention", block=3),
+          LocalAttention(step="local-attention", window=2, stride=2, global_tokens=1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", ROUTED, ids=["blocks", "sparse"])
+def test_routed_attention_exports(
+    settings: BlockwiseAttention | LocalAttention, fused: Source, context: Context, tmp_path: Path
+) -> None:  # fmt: skip
+    """Blocks and windows must come out of the ONNX graph right at lengths that the trace has not seen."""
+    runtime = pytest.importorskip("onnxruntime")
+    opened, _ = apply(fused, PlainAttention(step="plain-attention"), context)
+    changed, report = routed.apply(opened, settings, context)
+    assert [row["layer"] for row in report["layers"]] == ["0.layers.0.self_attn", "0.layers.1.self_attn"]
+    session = runtime.InferenceSession(lower_onnx(changed, tmp_path / "out").main_file)
+    for batch, tokens in ((2, 5), (3, 7), (1, 1), (4, 19)):
+        x = torch.randn(batch, tokens, 12, generator=torch.Generator().manual_seed(tokens))
+        (got,) = session.run(None, {"input": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), changed.module(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_routed_folder_opens(tmp_path: Path) -> None:
+    """A recipe with a window must write a folder whose module has the window, and not elsewhere, again."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[compress]]\nstep = "local-attention"\nwindow = 2\nexclude = ["blocks.0.*"]\n')
+    digits = open_source(resolve("digits"))
+    report = compress_job(dataclasses.asdict(digits.ref), str(recipe), str(tmp_path / "out"), evaluate=False)
+    assert [row["reason"] for row in report["steps"][0]["skipped"]] == ["not chosen by include and exclude"]
+    again = open_source(resolve(str(tmp_path / "out")))
+    assert [e["pattern"]["window"] for e in again.edits] == [2, 2, 2]
+    sample = next(iter(digits.samples()))
+    here, _ = routed.apply(digits, LocalAttention(step="local-attention", window=2, exclude=("blocks.0.*",)),
+                           Context(digits, Calibration(), 0, lambda line: None))  # fmt: skip
+    torch.testing.assert_close(again.module(**sample), here.module(**sample))
+    assert (again.module(**sample)["logits"] - digits.module(**sample)["logits"]).abs().max() > 0.01
+
+
+def test_a_model_that_asks_for_no_attention_is_told(tiny: Source, fused: Source, context: Context) -> None:
+    """Models without attention, or with torch's fused one, must be refused with what to do."""
+    for source in (tiny, fused):
+        with pytest.raises(UsageProblem, match="must find modules that call scaled_dot_product_attention") as caught:
+            routed.apply(source, ROUTED[0], context)
+        assert "plain-attention" in str(caught.value.fix)
