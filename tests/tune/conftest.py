@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-TINY = '''
+TINY = """
 import torch
 from torch import nn
 
@@ -20,7 +20,7 @@ def samples():
 
 def evaluate(predict):
     return {"share": (predict(samples()[2])["output"] > 0).float().mean().item()}
-'''
+"""
 
 
 @pytest.fixture

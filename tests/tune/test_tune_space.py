@@ -54,7 +54,7 @@ def test_every_combination(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for config in configs:
         assert isinstance(config.target, Target)
         find_backend(profile.backend).check(config.target)
-    singles = {change for change in [*build_choices(profile, "latency"), *runtime_choices(profile)]}
+    singles = set(build_choices(profile, "latency") + runtime_choices(profile))
     assert {c.changes[0] for c in configs if len(c.changes) == 1} == singles
 
 
