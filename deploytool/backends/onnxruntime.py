@@ -1,4 +1,5 @@
-"""ONNX Runtime on CPUs: the portable graph as it is, or with dynamic int8 (ort_int8.py)."""
+"""ONNX Runtime on CPUs: the portable graph, a fused decoder (ort_graph.py), dynamic int8 (ort_int8.py), or weights in
+4 or 8 bits (ort_graph.py)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from deploytool.artifact import MANIFEST, Artifact
 from deploytool.backends import tables
 from deploytool.backends.base import Built, Request, portable_of
 from deploytool.backends.engine import EngineRunner, threads_of
+from deploytool.backends.ort_rows import run_rows
 from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
@@ -37,16 +39,21 @@ class OnnxRuntime:
         options = tables.OnnxRuntimeBuild(**request.target.build)
         portable = portable_of(request)
         settings: dict[str, object] = {"optimization": options.optimization}
-        if request.target.precision == "int8":
-            # The quantizer brings the onnx package, which no runner needs in its memory.
-            from deploytool.backends.ort_int8 import quantize
+        # What rewrites graphs brings the onnx package, which no runner needs in its memory.
+        match request.target.precision, options.scheme:
+            case "fp32", _:
+                settings |= _plain(portable, request.out, options)
+            case "int8", "dynamic":
+                from deploytool.backends.ort_int8 import quantize
 
-            settings |= quantize(portable.main_file, request, options, request.out / ENTRY)
-        elif request.target.precision == "fp32":
-            copy_graph(portable, request.out)
-        else:
-            raise UsageProblem("DT202", f"precision must be fp32 or int8 for ONNX Runtime on CPUs "
-                                        f"(got {request.target.precision})")  # fmt: skip
+                settings |= quantize(portable.main_file, request, options, request.out / ENTRY)
+            case ("int8" | "int4"), _:
+                from deploytool.backends.ort_graph import write_weight_only
+
+                settings |= write_weight_only(portable, request, options)
+            case other, _:
+                raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for ONNX Runtime on CPUs "
+                                            f"(got {other})")  # fmt: skip
         return Built("onnx", ENTRY, request.target.precision, settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
@@ -54,24 +61,45 @@ class OnnxRuntime:
         level = str(artifact.settings.get("optimization", "all"))
         spinning = bool(artifact.settings.get("spinning", True))
         session = open_session(artifact.main_file, threads_of(artifact), level, spinning=spinning)
-        return SessionRunner(session, artifact.signature)
+        return SessionRunner(session, artifact.signature, single_rows=artifact.settings.get("rows") == "single")
 
 
 class SessionRunner(EngineRunner):
-    """Runs an ONNX Runtime session; inputs and outputs are matched by name."""
+    """Runs an ONNX Runtime session; inputs and outputs are matched by name.
 
-    def __init__(self, session: ort.InferenceSession, signature: Signature) -> None:
+    `single_rows`: the graph takes several rows or several tokens, not both (see ort_attention.py).
+    """
+
+    def __init__(self, session: ort.InferenceSession, signature: Signature, *, single_rows: bool = False) -> None:
         super().__init__(signature)
         self.session = session
+        self._single_rows = single_rows
 
     def infer(self, feeds: Feeds) -> Sequence[np.ndarray]:
-        """One call of the session."""
+        """One call of the session, or one per row."""
         try:
-            outputs: list[np.ndarray] = self.session.run(list(self.signature.output_names), dict(feeds))
+            if self._single_rows:
+                return run_rows(self._run, feeds)
+            return self._run(dict(feeds))
         except Exception as error:  # the library raises a class of its own per status, without a common base
             raise BackendFailed("DT504", f"ONNX Runtime must run the graph (got: {error})"[:2000],
                                 detail=[f"{n}: {list(a.shape)}" for n, a in feeds.items()]) from error  # fmt: skip
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = self.session.run(list(self.signature.output_names), feeds)
         return outputs
+
+
+def _plain(portable: Artifact, out: Path, options: tables.OnnxRuntimeBuild) -> dict[str, object]:
+    """The fused graph of a language model, else a copy."""
+    if options.fuse and any(name.startswith("past_key_values.") for name in portable.signature.input_names):
+        from deploytool.backends.ort_graph import write_plain
+
+        fused = write_plain(portable, out)
+        if fused is not None:
+            return fused
+    copy_graph(portable, out)
+    return {}
 
 
 def open_session(

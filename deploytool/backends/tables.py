@@ -53,23 +53,40 @@ class FbgemmBuild(KeepFp32):
 
 
 class OnnxRuntimeBuild(KeepFp32):
-    """`optimization` holds for every precision, the rest for int8 only.
+    """`optimization` and `fuse` hold for every precision.
 
     optimization   how far ONNX Runtime rewrites the graph when it is opened
-    op_types       operators that become int8: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather", "Conv"
-    reduce_range   7-bit weights: cannot saturate on CPUs without VNNI
+    fuse           a language model's attention, norms and products become ONNX Runtime's own operators
+    scheme         int8: "dynamic" rounds the inputs of products too, "weights" the weights alone; int4 rounds weights
+    op_types       dynamic: operators that become int8: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather",
+                   "Conv"
+    reduce_range   dynamic: 7-bit weights, which cannot saturate on CPUs without VNNI
+    group          weights alone: how many weights of a row share a scale
+    activations    weights alone: the inputs of a product as "fp32", or per group as "int8", which is faster
+    int8_share     int4: the share of the weights that gets 8 bits, those that lose most
+
+    For weights alone `exclude` takes patterns of weights' names ("*lm_head*"), and `keep_fp32` is not used.
     """
 
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    fuse: bool = True
+    scheme: Literal["dynamic", "weights"] = "dynamic"
     op_types: tuple[Literal["MatMul", "LSTM", "Attention", "Gather", "Conv"], ...] = Field(
         default=("MatMul", "LSTM", "Attention"), strict=False
     )
     reduce_range: bool = True
+    group: Literal[16, 32, 64, 128] = 64
+    activations: Literal["fp32", "int8"] = "int8"
+    int8_share: float = Field(default=0.0, ge=0, le=1)
 
 
 class OpenVinoBuild(KeepFp32):
-    """For int8 only.
+    """For int8 and int4 only.
 
+    weights_only          weights in int8 (or int4, which is always so), activations in floating point
+    method                of int4: "plain" rounds to the nearest; the others read calibration feeds
+    group_size            of int4: weights that share a scale, along the input; smaller where it does not divide them
+    int4_share            of int4: share of the weights that become int4, least sensitive first; the rest is int8
     scheme                "transformer" leaves softmax and norms alone and moves outliers from activations to weights;
                           "unsmoothed" does not move them; "plain" quantizes everything; "auto" reads the graph, and
                           where it holds attention takes the better of the first two on the calibration feeds
@@ -77,6 +94,10 @@ class OpenVinoBuild(KeepFp32):
     calibration_samples   how many calibration feeds NNCF reads
     """
 
+    weights_only: bool = False
+    method: Literal["plain", "scale-estimation", "awq", "gptq"] = "gptq"
+    group_size: int = Field(default=64, ge=8, le=4096)
+    int4_share: float = Field(default=1.0, gt=0, le=1)
     scheme: Literal["auto", "transformer", "unsmoothed", "plain"] = "auto"
     preset: Literal["mixed", "performance"] = "mixed"
     calibration_samples: int = Field(default=32, ge=1, le=10_000)

@@ -17,7 +17,7 @@ from deploytool.runner import Runner
 from deploytool.target import Target
 
 TARGETS = pytest.mark.parametrize("target", profiles(), ids=lambda t: t.name)
-NOTHING_TO_QUANTIZE = {("conv", "ort-int8")}
+NOTHING_TO_QUANTIZE = {("conv", "ort-int8"), ("conv", "ort-int4"), ("conv", "ort-weight-int8")}
 CASES = [
     (source, target.name)
     for source in ("mlp", "conv", "lstm", "attention")

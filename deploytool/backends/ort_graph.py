@@ -1,0 +1,109 @@
+"""What ONNX Runtime gets instead of the portable graph: a fused decoder, and weights in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from deploytool.artifact import Artifact
+from deploytool.backends import tables
+from deploytool.backends.base import Request
+from deploytool.backends.ort_decoder import fuse_decoder
+from deploytool.backends.ort_groups import Grouped
+from deploytool.backends.ort_importance import mean_squares
+from deploytool.backends.ort_weights import Plan, Product, compress_weights, embedded, products, rounded_matrix
+from deploytool.errors import InputRefused
+from deploytool.lower.onnx_write import save
+
+MICROSOFT = "com.microsoft"
+# What a runner must know of a fused decoder: the operator takes several rows or several tokens, not both.
+_SINGLE_ROWS = {"rows": "single"}
+
+
+def write_plain(portable: Artifact, out: Path) -> dict[str, Any] | None:
+    """Write the fused graph in fp32; None, and nothing written, where there is nothing to fuse."""
+    model = _loaded(portable)
+    fused = fuse_decoder(model)
+    if not fused:
+        return None
+    save(model, out)
+    return {"fused": fused, **_SINGLE_ROWS}
+
+
+def write_weight_only(portable: Artifact, request: Request, options: tables.OnnxRuntimeBuild) -> dict[str, Any]:
+    """Write the graph with rounded weights; products are computed from them without a float copy.
+
+    InputRefused DT310 when no product has constant weights.
+    """
+    model = _loaded(portable)
+    fused = fuse_decoder(model) if options.fuse else {}
+    bits = 4 if request.target.precision == "int4" else 8
+    inputs = mean_squares(model, request) if bits == 4 else {}
+    plans = _plans(model, options, bits, inputs)
+    if not plans:
+        raise InputRefused("DT310", "the graph must hold matrix products with constant weights (got none)",
+                           fix="choose an fp32 target, or openvino-int8, which takes convolutions too")  # fmt: skip
+    stored = compress_weights(model, plans, inputs)
+    passes.RemoveUnusedNodesPass()(model)
+    model.opset_imports[MICROSOFT] = 1
+    save(model, request.out)
+    return {**({"fused": fused, **_SINGLE_ROWS} if fused else {}), **_told(stored, plans)}
+
+
+def _loaded(portable: Artifact) -> ir.Model:
+    """The graph with its weights mapped from their file, as tensors that may be written anywhere."""
+    model = ir.load(portable.main_file)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), name=tensor.name)
+    return model
+
+
+def _plans(model: ir.Model, options: tables.OnnxRuntimeBuild, bits: int, inputs: dict[str, Any]) -> dict[str, Plan]:
+    """How each matrix is stored, by name; those that `exclude` names stay fp32."""
+    found = {p.name: p for p in (*products(model.graph), *embedded(model.graph))
+             if not any(fnmatchcase(p.name, pattern) for pattern in options.exclude)}  # fmt: skip
+    plans = {name: Plan(bits, _group(product, options.group), options.activations) for name, product in found.items()}
+    for name in _eight_bits(found, plans, options.int8_share, inputs) if bits == 4 else ():
+        plans[name] = Plan(8, plans[name].group, options.activations)
+    return plans
+
+
+def _group(product: Product, wanted: int) -> int:
+    """The wanted group, or the largest smaller one that divides the row: an embedding's rows cannot be filled up."""
+    columns = product.columns
+    return next((size for size in (wanted, 128, 64, 32, 16) if size <= wanted and columns % size == 0), wanted)
+
+
+def _eight_bits(found: dict[str, Product], plans: dict[str, Plan], share: float, inputs: dict[str, Any]) -> list[str]:
+    """The matrices that lose most from 4 bits for each byte that 8 would cost, up to `share` of all weights."""
+    budget = share * sum(p.size for p in found.values())
+    if not budget:
+        return []
+    loss = {}
+    for name, product in found.items():
+        exact = product.rows()
+        off = rounded_matrix(product, plans[name], inputs.get(name)).values(exact.shape[1]) - exact
+        counts = inputs.get(name, 1.0)
+        loss[name] = float((off * off * counts).sum() / max((exact * exact * counts).sum(), 1e-30)) / product.size
+    chosen: list[str] = []
+    for name in sorted(loss, key=lambda n: (-loss[n], n)):
+        if found[name].size <= budget:
+            chosen.append(name)
+            budget -= found[name].size
+    return chosen
+
+
+def _told(stored: dict[str, Grouped], plans: dict[str, Plan]) -> dict[str, Any]:
+    """What the artifact says of its weights: how many matrices of each kind, and the bytes that one token reads."""
+    kinds = [f"int{m.bits} group {m.group}" for m in stored.values()]
+    return {
+        "weights": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "weight_bytes_per_token": sum(m.nbytes for name, m in stored.items()),
+        "int8_weights": sorted(name for name, plan in plans.items() if plan.bits == 8),
+    }

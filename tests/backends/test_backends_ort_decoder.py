@@ -1,0 +1,102 @@
+"""Language models in ONNX Runtime: what is fused, and that nothing of what they compute changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from workshop import Workshop, cosine
+
+from deploytool.artifact import Artifact
+from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
+from deploytool.verify.generation import greedy
+
+pytest.importorskip("transformers")
+
+
+def operators(artifact: Artifact) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(artifact.main_file, load_external_data=False).graph.node)
+
+
+def test_a_decoder_is_fused(workshop: Workshop) -> None:
+    """Attention, norms and the products of one input become one operator each, and the artifact says how many."""
+    artifact = workshop.artifact("decoder", "ort")
+    assert artifact.settings["fused"] == {"attention": 2, "norms": 5, "products_joined": 6}
+    found = operators(artifact)
+    assert (found["GroupQueryAttention"], found["SkipSimplifiedLayerNormalization"]) == (2, 4)
+    assert found["MatMul"] == 4 * 2 + 1
+    assert not found["Softmax"]
+
+
+def test_a_fused_decoder_gives_eagers_numbers(workshop: Workshop) -> None:
+    """Every output of every sample agrees: decoding, prompts, tokens after a past, rows padded at the left."""
+    with open_artifact(workshop.artifact("decoder", "ort")) as runner:
+        for feeds in workshop.feeds("decoder"):
+            reference = workshop.reference("decoder", feeds)
+            for name, array in runner.run(feeds).items():
+                np.testing.assert_allclose(array, reference[name], rtol=1e-4, atol=2e-4, err_msg=name)
+
+
+def test_fusing_can_be_left_out(workshop: Workshop) -> None:
+    """With fuse = false the graph is the portable one."""
+    artifact = build_artifact(workshop.request("decoder", load_checked_target("ort"), fuse=False), {})
+    assert "fused" not in artifact.settings
+    assert artifact.main_file.read_bytes() == workshop.portable("decoder").main_file.read_bytes()
+
+
+def test_the_fused_graph_refuses_what_it_would_get_wrong(workshop: Workshop) -> None:
+    """Several rows of several tokens given to the bare graph fail; the operator would fill the cache wrongly."""
+    artifact = workshop.artifact("decoder", "ort")
+    session = ort.InferenceSession(str(artifact.main_file), providers=["CPUExecutionProvider"])
+    feeds = next(f for f in workshop.feeds("decoder") if min(f["input_ids"].shape) > 1)
+    with pytest.raises(Exception, match="Reshape"):
+        session.run(None, feeds)
+
+
+@pytest.mark.parametrize(("name", "bits", "least"), [("ort-weight-int8", 8, 0.999), ("ort-int4", 4, 0.9)])
+def test_weights_are_stored_in_few_bits(workshop: Workshop, name: str, bits: int, least: float) -> None:
+    """Every product and the embedding read codes, the tied table is stored once, and the outputs stay near."""
+    artifact = workshop.artifact("decoder", name)
+    model = onnx.load(artifact.main_file)
+    found = operators(artifact)
+    assert (found["MatMulNBits"], found["GatherBlockQuantized"], found["MatMul"]) == (9, 1, 0)
+    tables = [t for t in model.graph.initializer if t.dims[:1] == [64] and t.name.endswith("embed_tokens.weight.codes")]
+    assert len(tables) == 1
+    assert not [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2
+                and "scales" not in t.name]  # fmt: skip
+    with open_artifact(artifact) as runner:
+        for feeds in workshop.feeds("decoder"):
+            reference, outputs = workshop.reference("decoder", feeds), runner.run(feeds)
+            assert cosine(outputs["logits"], reference["logits"]) > least
+
+
+def test_eight_bits_for_those_that_lose_most(workshop: Workshop) -> None:
+    """`int8_share` gives 8 bits to some matrices, and the logits come nearer than with 4 bits alone."""
+    losses = []
+    for share in (0.0, 0.6):
+        artifact = build_artifact(workshop.request("decoder", load_checked_target("ort-int4"), int8_share=share), {})
+        assert bool(artifact.settings["int8_weights"]) == (share > 0)
+        feeds = workshop.feeds("decoder")[2]
+        with open_artifact(artifact) as runner:
+            losses.append(1 - cosine(runner.run(feeds)["logits"], workshop.reference("decoder", feeds)["logits"]))
+    assert losses[1] < losses[0]
+
+
+def test_excluded_weights_stay(workshop: Workshop) -> None:
+    """`exclude` takes patterns of names: those matrices stay fp32."""
+    request = workshop.request("decoder", load_checked_target("ort-weight-int8"), exclude=["*embed_tokens*"])
+    found = operators(build_artifact(request, {}))
+    assert (found["MatMulNBits"], found["MatMul"], found["GatherBlockQuantized"]) == (8, 1, 0)
+
+
+def test_decoding_is_that_of_the_portable_graph(workshop: Workshop) -> None:
+    """Greedy decoding with the fused graph gives the very tokens of the graph that it was made from."""
+    prompt = [5, 9, 11, 30, 2]
+    with (
+        open_artifact(workshop.artifact("decoder", "ort")) as fused,
+        open_artifact(workshop.portable("decoder")) as own,
+    ):
+        assert greedy(fused, prompt, 20) == greedy(own, prompt, 20)
