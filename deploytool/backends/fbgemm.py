@@ -28,9 +28,9 @@ from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import positional
 from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_static
 from deploytool.backends.linear_ranking import LinearRanking
-from deploytool.backends.torchscript import ENTRY, example, no_fast_path, open_script, save_traced
+from deploytool.backends.torchscript import ENTRY, example, open_script, save_traced
 from deploytool.errors import EnvironmentLacking, InputRefused, UsageProblem, nearest
-from deploytool.load.flat import FlatModule
+from deploytool.load.flat import FlatModule, no_fast_path
 from deploytool.runner import Runner
 
 _WITH_FULL_ACTIVATIONS = 3  # from version 4 on torch's dynamic Linear cuts activations to 7 bits

@@ -21,6 +21,7 @@ from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import ModuleRunner, positional
 from deploytool.backends.engine import threads_of
 from deploytool.errors import BackendFailed, InputRefused
+from deploytool.load.flat import no_fast_path
 from deploytool.runner import Runner
 
 ENTRY = "model.pt"
@@ -91,18 +92,6 @@ def torch_jit() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"`?torch\.jit\.", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=TracerWarning)
         yield
-
-
-@contextmanager
-def no_fast_path() -> Iterator[None]:
-    """Keeps nn.TransformerEncoderLayer on its plain way: the other reads weights as tensors, which int8 ones are not,
-    and packs padded rows by the example's own padding."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 BACKEND = TorchScript()

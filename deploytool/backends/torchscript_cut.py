@@ -16,9 +16,10 @@ from torch import Tensor
 from deploytool.artifact import Artifact
 from deploytool.backends.cut import CutNode
 from deploytool.backends.eager import as_tuple, positional
-from deploytool.backends.torchscript import ENTRY, no_fast_path, save_traced, torch_jit
+from deploytool.backends.torchscript import ENTRY, save_traced, torch_jit
 from deploytool.cases import read_cases
 from deploytool.errors import BackendFailed
+from deploytool.load.flat import no_fast_path
 from deploytool.load.model import open_source
 from deploytool.signature import Feeds, Outputs, Signature
 from deploytool.source import ModelRef

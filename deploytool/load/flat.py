@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -89,3 +90,15 @@ def as_tensor(name: str, value: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputRefused("DT303", f"sample value {name!r} must be a tensor, an array or a number "
                            f"(got {type(value).__name__})") from error  # fmt: skip
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Keeps nn.TransformerEncoderLayer on its plain way: the other reads weights as tensors, which int8 ones are not,
+    packs padded rows by the example's own padding, and has no translation to ONNX."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

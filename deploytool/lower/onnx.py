@@ -6,17 +6,18 @@ import contextlib
 import ctypes
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deploytool.artifact import Artifact, Step, versions
 from deploytool.errors import InputRefused
+from deploytool.load.plain_attention import fused_names, unfuse
 from deploytool.lower.onnx_tidy import fold, tidy
 from deploytool.lower.onnx_trace import trace
 from deploytool.lower.onnx_write import ENTRY, save
@@ -109,7 +110,8 @@ def _export(source: Source, example: tuple[Tensor, ...], exporter: Exporter) -> 
     failures: list[str] = []
     for name in chosen:
         try:
-            model = routes[name](source, example)
+            with _unfused(source.flat):
+                model = routes[name](source, example)
         except Exception as error:  # torch's exporters raise every kind of exception for what they do not know
             failures.append(f"{name}: {_last_line(error)}")
             continue
@@ -121,6 +123,19 @@ def _export(source: Source, example: tuple[Tensor, ...], exporter: Exporter) -> 
         fix="rewrite the named operation in forward() with tensor operations, or choose a target that takes the live "
         "module (`deploytool targets list`)",
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _unfused(module: nn.Module) -> Iterator[None]:
+    """Inside the block torch's fused attention is plain: the exporters take sizes inside it for constants."""
+    fused = {name: module.get_submodule(name) for name in fused_names(module)}
+    unfuse(module)
+    try:
+        yield
+    finally:
+        for name, original in fused.items():
+            parent, _, child = name.rpartition(".")
+            module.get_submodule(parent).register_module(child, original)
 
 
 def _by_trace(source: Source, example: tuple[Tensor, ...]) -> ir.Model:

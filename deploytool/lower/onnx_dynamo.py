@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from deploytool.load.flat import no_fast_path
 from deploytool.lower.onnx_trace import dynamic_axes
 from deploytool.source import Source
 
@@ -16,7 +17,7 @@ def export_dynamo(source: Source, example: tuple[Tensor, ...], opset: int) -> ir
     """The ONNX graph of `source.flat`; raises whatever torch raises when it cannot export the module."""
     axes = dynamic_axes(source.signature)
     shapes = tuple(axes[name] for name in source.signature.input_names)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), no_fast_path(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own parts about each other; parity judges the result
         program = torch.onnx.export(
             source.flat, example, dynamo=True, opset_version=opset, dynamic_shapes=(shapes,), verbose=False,

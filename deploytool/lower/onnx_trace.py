@@ -19,6 +19,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
+from deploytool.load.flat import no_fast_path
 from deploytool.lower.onnx_attention import own_attention
 from deploytool.signature import Signature
 from deploytool.source import Source
@@ -35,7 +36,7 @@ def trace(source: Source, example: tuple[Tensor, ...], opset: int) -> ir.Model:
     names = weight_names(source, [tensor for tensor, _ in weights])
     lent = _Lent(source.flat, weights, len(example)).eval()
     buffer = io.BytesIO()
-    with torch.no_grad(), _quiet(), own_attention(opset):
+    with torch.no_grad(), _quiet(), no_fast_path(), own_attention(opset):
         torch.onnx.export(
             lent, (*example, *(tensor for tensor, _ in weights)), buffer,  # type: ignore[arg-type]  # files are taken
             dynamo=False, opset_version=opset,

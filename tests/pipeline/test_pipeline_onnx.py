@@ -66,3 +66,19 @@ def test_old_operator_sets_are_brought_up_to_date(exported: Exported, tmp_path: 
     written = onnx.load(tmp_path / "out" / "ort" / "model.onnx")
     assert result["status"] == "ok" and written.opset_import[0].version == 18
     assert [value.name for value in written.graph.input] == ["x"]
+
+
+def test_a_graph_that_does_not_run_is_made_by_the_other_exporter(
+    exported: Exported, tmp_path: Path
+) -> None:
+    """An engine that refuses the traced graph at some size must lead to the other exporter, not to an end."""
+    path = tmp_path / "fixed.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Fixed(nn.Module):\n"
+        "    def forward(self, x):\n        return {'y': x.reshape(int(x.shape[0]), 4, 2).flatten(1) * 2}\n\n\n"
+        "def build():\n    return Fixed()\n\n\n"
+        "def samples():\n    return [{'x': torch.randn(n, 8)} for n in (2, 3, 5)]\n"
+    )
+    (result,) = exported(str(path), "ort")["targets"]
+    assert result["status"] == "ok", result["reason"]
+    assert any("made by dynamo" in finding for finding in result["findings"])
