@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ import resource
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +38,10 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"step": "gptq", **GRID}],
     "awq": [{"step": "awq", **GRID}],
     "awq+gptq": [{"step": "awq", **GRID, "round": False}, {"step": "gptq", **GRID}],
+    "mixed": [{"step": "mixed-precision", "mean_bits": 4.3125, "group": 64}],
 }
 WINDOWS, WINDOW = 32, 512
+SAVE = "import runpy, sys, pathlib; runpy.run_path(sys.argv[1])['save_model'](pathlib.Path(sys.argv[2]))"
 
 
 def docstrings() -> Iterator[str]:
@@ -54,9 +58,18 @@ def docstrings() -> Iterator[str]:
                     yield text
 
 
-def open_model() -> tuple[Any, Any]:
+def save_model(folder: Path) -> None:
+    """Write the shipped model as a Hugging Face folder: reading its GGUF file takes more memory than quantizing."""
+    from deploytool.load.modelfile import read_model_file
+    from deploytool.load.resolve import resolve
+
+    read_model_file(resolve("smollm2")).code._pretrained().save_pretrained(folder)
+
+
+def open_model(folder: Path) -> tuple[Any, Any]:
     """The shipped model's file, and a Source whose samples are the calibration windows; its weights are held once."""
     import torch
+    import transformers
 
     from deploytool.load.flat import FlatModule
     from deploytool.load.modelfile import read_model_file
@@ -66,7 +79,9 @@ def open_model() -> tuple[Any, Any]:
 
     ref = resolve("smollm2")
     code = read_model_file(ref).code
-    module = code.CausalLM(code._pretrained()).eval()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    module = code.CausalLM(model).eval().requires_grad_(False)
     ids = torch.tensor(code._tokenize("\n\n".join(docstrings())))
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
     picked = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:WINDOWS].sort().values
@@ -79,7 +94,7 @@ def open_model() -> tuple[Any, Any]:
     return code, Source(ref, module, flat, signature, samples=lambda: iter(samples), evaluate=code.evaluate)
 
 
-def run(method: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def run(method: str, steps: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """One method in this process."""
     import torch
 
@@ -89,13 +104,15 @@ def run(method: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     recipe = parse_recipe({"compress": steps}, "", where=method)
-    code, source = open_model()
+    code, source = open_model(folder)
     loaded = _peak()
     context = Context(source, Calibration(samples=WINDOWS), 0, lambda line: print(line, file=sys.stderr, flush=True))
     started, used = time.perf_counter(), time.process_time()
     reports = []
     for settings in recipe.steps:
-        source, report = importlib.import_module(settings.code).apply(source, settings, context)
+        apply = importlib.import_module(settings.code).apply
+        in_place = {"in_place": True} if "in_place" in inspect.signature(apply).parameters else {}
+        source, report = apply(source, settings, context, **in_place)
         reports.append(report)
     seconds, cpu, peak = time.perf_counter() - started, time.process_time() - used, _peak()
     perplexity = code.perplexity(lambda feeds: predict(source, feeds), code.WINDOWS)
@@ -120,28 +137,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", choices=sorted(METHODS))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every step")
+    parser.add_argument("--folder", type=Path, help="the model as a Hugging Face folder; written where it is not there")
     parser.add_argument("--here", action="store_true", help="run the one method in this process")
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.here:
-        changes = {key: json.loads(value) for key, value in (part.split("=", 1) for part in options.set)}
-        if options.threads:
-            import torch
-
-            torch.set_num_threads(options.threads)
-        print(json.dumps(run(options.methods[0], [{**s, **changes} for s in METHODS[options.methods[0]]])))
+        print(json.dumps(_here(options)))
         return
-    results = []
-    for method in options.methods:
-        settings = [argument for pair in options.set for argument in ("--set", pair)]
-        command = [sys.executable, __file__, method, "--here", "--threads", str(options.threads), *settings]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch) / "model"
+        if not folder.is_dir():
+            subprocess.run([sys.executable, "-c", SAVE, __file__, str(folder)], check=True)
+        results = [_child(method, folder, options) for method in options.methods]
     reference = next((r["perplexity"] for r in results if r["method"] == "fp32"), None)
     for result in results:
         result["ratio"] = result["perplexity"] / reference if reference else None
     print(json.dumps({"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                       "results": results}, indent=2))  # fmt: skip
+
+
+def _here(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    changes = {key: json.loads(value) for key, value in (part.split("=", 1) for part in options.set)}
+    return run(options.methods[0], [{**step, **changes} for step in METHODS[options.methods[0]]], options.folder)
+
+
+def _child(method: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, method, "--here", "--folder", str(folder), "--threads", str(options.threads)]
+    command += [argument for pair in options.set for argument in ("--set", pair)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 if __name__ == "__main__":

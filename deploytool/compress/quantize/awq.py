@@ -89,9 +89,12 @@ def search_scale(
     return Scale(factors, exponent, by_weight, losses[best] / losses[0] if losses[0] > 0 else 1.0)
 
 
-def apply(source: Source, settings: Awq, context: Context) -> tuple[Source, dict[str, Any]]:
-    """Scale and round the chosen layers of a copy, block by block, each on what the blocks before it give."""
-    work = with_module(source, shell(source.module))
+def apply(source: Source, settings: Awq, context: Context, *, in_place: bool = False) -> tuple[Source, dict[str, Any]]:
+    """Scale and round the chosen layers of a copy, block by block, each on what the blocks before it give.
+
+    `in_place` changes the given source's module, for callers that need it no more: the weights are then held once.
+    """
+    work = source if in_place else with_module(source, shell(source.module))
     picked, skipped = chosen_layers(work.module, settings)
     folder = Folder()
     encodings: dict[str, Encoding] = {}

@@ -132,21 +132,21 @@ def _sweep(
     return errors
 
 
-def apply(source: Source, settings: Gptq, context: Context) -> tuple[Source, dict[str, Any]]:
-    """Quantize the chosen layers of a copy, block by block, each on what the quantized blocks before it give."""
-    work = with_module(source, shell(source.module))
-    encodings, report = quantize_in_place(work, settings, context)
-    return replace(work, encodings={**source.encodings, **encodings}), report
+def apply(
+    source: Source, settings: Gptq, context: Context, *, bits: Mapping[str, int] | None = None, in_place: bool = False
+) -> tuple[Source, dict[str, Any]]:
+    """Quantize the chosen layers of a copy, block by block, each on what the quantized blocks before it give.
 
-
-def quantize_in_place(source: Source, settings: Gptq, context: Context) -> tuple[dict[str, Encoding], dict[str, Any]]:
-    """Give the chosen layers of the source's own module new weights; their encodings, and the report."""
-    picked, skipped = chosen_layers(source.module, settings)
+    `bits` has the widths of layers that do not get `settings.bits`. `in_place` changes the given source's module, for
+    callers that need it no more: the weights are then held once.
+    """
+    work = source if in_place else with_module(source, shell(source.module))
+    picked, skipped = chosen_layers(work.module, settings)
     encodings: dict[str, Encoding] = {}
     layers: list[dict[str, Any]] = []
-    for block in walk_blocks(source, picked, context.samples(source)):
-        for names, moments in _sharing(block):
-            done = _quantize_together(block, names, moments, settings, source.masks)
+    for block in walk_blocks(work, picked, context.samples(source)):
+        for names, moments, width in _sharing(block, settings.bits, bits or {}):
+            done = _quantize_together(block, names, moments, settings.model_copy(update={"bits": width}), source.masks)
             for name, (entry, encoding) in done.items():
                 encodings[weight_name(name)] = encoding
                 layers.append({"layer": name, **entry})
@@ -157,15 +157,16 @@ def quantize_in_place(source: Source, settings: Gptq, context: Context) -> tuple
     raised = [entry["layer"] for entry in layers if entry["damping"] > settings.damping]
     if raised:
         context.progress(f"gptq: damping was raised for {len(raised)} layers, {', '.join(raised[:3])} ...")
-    return encodings, {"layers": layers, "skipped": skipped, "damping_raised": raised}
+    report = {"layers": layers, "skipped": skipped, "damping_raised": raised}
+    return replace(work, encodings={**source.encodings, **encodings}), report
 
 
-def _sharing(block: Block) -> list[tuple[list[str], Tensor]]:
-    """The second moments of every distinct input of the block's layers, with the names of the layers that read it."""
-    groups: dict[int, tuple[list[str], Tensor]] = {}
+def _sharing(block: Block, usual: int, bits: Mapping[str, int]) -> list[tuple[list[str], Tensor, int]]:
+    """Layers of the block that read one input and get as many bits, with the input's second moments and the bits."""
+    groups: dict[tuple[int, int], tuple[list[str], Tensor]] = {}
     for name, total in block.accumulate(gram).items():
-        groups.setdefault(id(total), ([], total.sum))[0].append(name)
-    return list(groups.values())
+        groups.setdefault((id(total), bits.get(name, usual)), ([], total.sum))[0].append(name)
+    return [(names, moments, width) for (_, width), (names, moments) in groups.items()]
 
 
 def _quantize_together(

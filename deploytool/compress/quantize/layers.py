@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deploytool.compress.matrices import matrix, matrix_layers
 from deploytool.compress.quantize.ranges import SHRINKS
-from deploytool.compress.quantize.tables import Grid
+from deploytool.compress.quantize.tables import Layers
 from deploytool.compress.select import select
 from deploytool.encoding import Encoding
 from deploytool.errors import UsageProblem
@@ -19,7 +19,7 @@ from deploytool.load.grid import dequantize, quantize
 Skipped = list[dict[str, str]]
 
 
-def chosen_layers(module: nn.Module, settings: Grid) -> tuple[dict[str, nn.Module], Skipped]:
+def chosen_layers(module: nn.Module, settings: Layers) -> tuple[dict[str, nn.Module], Skipped]:
     """The linear and convolution layers that `settings` choose, by name; the others with why they stay as they are."""
     found, skipped = matrix_layers(module)
     chosen = select(found, settings.include, settings.exclude)
@@ -37,7 +37,7 @@ def group_of(weight: Tensor, group: int | str) -> int:
     return weight.shape[1] if group == "channel" else min(int(group), weight.shape[1])
 
 
-def shrinks_of(settings: Grid) -> Sequence[float]:
+def shrinks_of(settings: Layers) -> Sequence[float]:
     """The ranges that are tried, as shares of the distance between the extremes."""
     return SHRINKS if settings.search else (1.0,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,21 +18,24 @@ from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
 
 
-def apply(source: Source, settings: Rtn, context: Context) -> tuple[Source, dict[str, Any]]:
-    """Round the chosen layers of a copy."""
+def apply(
+    source: Source, settings: Rtn, context: Context, *, bits: Mapping[str, int] | None = None
+) -> tuple[Source, dict[str, Any]]:
+    """Round the chosen layers of a copy; `bits` has the widths of layers that do not get `settings.bits`."""
     module = shell(source.module)
     picked, skipped = chosen_layers(module, settings)
     encodings = dict(source.encodings)
     layers = []
     for name, layer in picked.items():
-        encoding = _encoding(matrix(layer), settings)
+        width = (bits or {}).get(name, settings.bits)
+        encoding = _encoding(matrix(layer), settings.model_copy(update={"bits": width}))
         if encoding is None:
             skipped.append({"layer": name, "reason": f"its weight lies on no grid of {settings.bits} bits"})
             continue
         layers.append({"layer": name, **put_on(layer, encoding)})
         encodings[weight_name(name)] = encoding
     refuse_none("rtn", layers, skipped)
-    context.progress(f"rtn: {len(layers)} layers on grids of {settings.bits} bits")
+    context.progress(f"rtn: {len(layers)} layers on grids of {sorted({entry['bits'] for entry in layers})} bits")
     return with_module(source, module, encodings=encodings), {"layers": layers, "skipped": skipped}
 
 

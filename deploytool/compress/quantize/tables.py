@@ -13,23 +13,27 @@ from deploytool.settings import Table
 _Group = Annotated[int, Field(ge=1)]
 
 
-class Grid(Table):
-    """The grid that the weights of the chosen linear layers get.
+class Layers(Table):
+    """The layers that are quantized, and all of their grid but the bits.
 
-    bits               2 to 8
     group              input channels that share a scale, or "channel": one scale per output channel. A width that the
                        group does not divide has a shorter last group
     symmetric          no zero points: 0 is the middle code
     search             look for the range with the least squared error, not only from extreme to extreme
-    include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every linear and convolution layer
     """
 
-    bits: int = Field(default=4, ge=FEWEST_BITS, le=MOST_BITS)
     group: _Group | Literal["channel"] = 64
     symmetric: bool = False
     search: bool = False
     include: tuple[str, ...] = Field(default=(), strict=False)
     exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class Grid(Layers):
+    """The grid of all weights: `bits` 2 to 8 for each."""
+
+    bits: int = Field(default=4, ge=FEWEST_BITS, le=MOST_BITS)
 
 
 class Rtn(Grid, StepTable):
@@ -86,3 +90,19 @@ class SmoothQuant(StepTable):
     alpha: float = Field(default=0.5, ge=0, le=1)
     include: tuple[str, ...] = Field(default=(), strict=False)
     exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class MixedPrecision(Layers, StepTable):
+    """Give every layer the bits that it needs most, out of one budget, and quantize it.
+
+    mean_bits   the budget: bits per weight of all chosen layers together, scales and zero points included
+    choices     the widths that a layer may get
+    method      what rounds: "gptq" or "rtn"
+    """
+
+    code: ClassVar[str] = "deploytool.compress.quantize.mixed"
+    step: Literal["mixed-precision"]
+    mean_bits: float = Field(gt=FEWEST_BITS, le=MOST_BITS + 8)
+    choices: tuple[Annotated[int, Field(ge=FEWEST_BITS, le=MOST_BITS)], ...] = Field(default=(3, 4, 8), strict=False,
+                                                                                     min_length=2)  # fmt: skip
+    method: Literal["gptq", "rtn"] = "gptq"
