@@ -16,6 +16,7 @@ from torch import nn
 from deploytool.errors import InputRefused, nearest
 from deploytool.load.attention_routing import Pattern, reroute
 from deploytool.load.flat import FlatModule
+from deploytool.load.fourier import FourierMixing
 from deploytool.load.plain_attention import plain
 from deploytool.source import Source
 
@@ -64,6 +65,9 @@ def replace_linear_by_pair(root: nn.Module, name: str, rank: int) -> nn.Sequenti
 EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
     "attention_pattern": lambda root, edit: reroute(root, edit["layer"], Pattern(**edit["pattern"])),
+    "fourier": lambda root, edit: replace_layer(
+        root, edit["layer"], FourierMixing(edit["width"], edit["tokens"], edit["keyword"], edit["outputs"])
+    ),
     "plain_attention": lambda root, edit: replace_layer(root, edit["layer"], plain(root.get_submodule(edit["layer"]))),
 }
 

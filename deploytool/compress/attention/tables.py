@@ -51,3 +51,15 @@ class LocalAttention(StepTable):
     global_tokens: int = Field(default=0, ge=0)
     include: tuple[str, ...] = Field(default=(), strict=False)
     exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class Fnet(StepTable):
+    """Replace attention, its projections included, by Fourier mixing, which has no weights; distill after it.
+
+    include, exclude   modules that compute attention, `*` and `?` allowed; nothing included means all
+    """
+
+    code: ClassVar[str] = "deploytool.compress.attention.fnet"
+    step: Literal["fnet"]
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
