@@ -36,7 +36,7 @@ ALL = "all"
 _NOTHING: dict[str, Any] = {
     "target": None, "status": None, "reason": None, "artifact": None, "artifact_digest": None, "size_bytes": None,
     "precision": None, "executed": None, "parity": None, "compression": None, "quality": {}, "generation": None,
-    "speed": None, "memory": None, "findings": [], "seconds": {}, "kept": None,
+    "speed": None, "memory": None, "findings": [], "seconds": {},
 }  # fmt: skip
 Say = Callable[[str], None]
 
@@ -85,13 +85,9 @@ def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
     refuse_existing(options.out, options.overwrite)
     names = list(dict.fromkeys(n for t in targets for n in (target_names() if t == ALL else [t])))
     profiles = [load_checked_target(name) for name in names]
-    plains = [p.plain for p in profiles if p.plain and options.keep_best]
-    for written in dict.fromkeys([*(p.name for p in profiles), *plains]):
-        for place in (options.out / written, failed_folder(options.out / written)):
-            refuse_existing(place, options.overwrite, MANIFEST)  # what is not ours is not replaced, whatever was asked
-    if options.keep_best and not options.bench_seconds:
-        raise UsageProblem("DT201", "the better of two can be kept only when they are timed (got no time for it)",
-                           fix="leave --no-bench out")  # fmt: skip
+    for profile in profiles:  # what is not ours is not replaced, whatever was asked
+        for place in (options.out / profile.name, failed_folder(options.out / profile.name)):
+            refuse_existing(place, options.overwrite, MANIFEST)
     _refuse_same_name(profiles)
     probes = {p.name: _probe(p, ref) for p in profiles}
     able = tuple(p for p in profiles if probes[p.name].available)
@@ -129,10 +125,7 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
             results += failed
             reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
             for target in targets:
-                result = _one(target, reference, options, say, results)
-                if options.keep_best and (why := no_better(target, result)):
-                    result = _plain_instead(target, result, why, reference, options, say, results)
-                results.append(result)
+                results.append(_one(target, reference, options, say, results))
     report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),
               "targets": results}  # fmt: skip
     write_json(options.out / REPORT, report)
@@ -242,36 +235,6 @@ def _one(
     return result
 
 
-def no_better(target: Target, result: Mapping[str, Any]) -> str | None:
-    """Why a finished quantized artifact is no better than its plain one, as measured; None where it is, or has none.
-
-    Better is what was shown to be faster, or to be as fast and is smaller: loss of precision must buy something.
-    """
-    if target.plain is None or result["status"] != "ok" or not result["speed"]:
-        return None
-    plain = result["speed"]["against"][target.plain]
-    if plain["verdict"] == "faster" or (plain["verdict"] == "same" and result["size_bytes"] < plain["size_bytes"]):
-        return None
-    return f"{_compared(target, plain)}, so {target.plain} was kept"
-
-
-def _plain_instead(
-    target: Target, result: Mapping[str, Any], why: str, reference: Reference, options: Options, say: Say,
-    done: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:  # fmt: skip
-    """The plain artifact's result under the target's name; the quantized one is put aside."""
-    assert target.plain is not None
-    say(f"{target.name}: {why}")
-    found = next((r for r in done if r["target"] == target.plain), None)
-    plain = found or _one(load_checked_target(target.plain), reference, options, say, done)
-    if plain["status"] == "ok":
-        aside = failed_folder(options.out / target.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        settle(options.out / target.name, aside)
-        return {**plain, "target": target.name, "kept": target.plain, "findings": [*plain["findings"], why]}
-    return {**result, "findings": [*result["findings"], f"{target.plain} was not kept: {plain['reason']}"]}
-
-
 def _failed(target: Target, error: DeployError) -> dict[str, Any]:
     return {**_NOTHING, "target": target.name, "status": "failed", "reason": error.message, "error": error.to_json()}
 
@@ -344,19 +307,13 @@ def _speed(
     memory = {"peak_rss_bytes": timed.pop("peak_rss_bytes")}
     speed = {**timed, "reference_p50_ms": eager["p50_ms"], "speedup": eager["speedup"],
              "speedup_ci": eager["speedup_ci"], "verdict": eager["verdict"]}  # fmt: skip
-    for name, other in others.items():
-        timed["against"][name]["size_bytes"] = other.size_bytes
     findings = []
     if target.plain is not None and timed["against"][target.plain]["verdict"] != "faster":
-        findings.append(_compared(target, timed["against"][target.plain]))
+        plain = timed["against"][target.plain]
+        ratio = "" if plain["speedup"] is None else f" ({plain['speedup']:.2f}x, interval {_interval(plain)})"
+        word = {"slower": "slower than", "same": "as fast as"}.get(plain["verdict"], "not shown to be faster than")
+        findings.append(f"{target.name} is {word} the plain {target.plain}{ratio}")
     return speed, memory, findings
-
-
-def _compared(target: Target, plain: Mapping[str, Any]) -> str:
-    """How the artifact's speed is to that of its plain one, in a sentence."""
-    ratio = "" if plain["speedup"] is None else f" ({plain['speedup']:.2f}x, interval {_interval(plain)})"
-    word = {"slower": "slower than", "same": "as fast as"}.get(plain["verdict"], "not shown to be faster than")
-    return f"{target.name} is {word} the plain {target.plain}{ratio}"
 
 
 def _interval(figures: Mapping[str, Any]) -> str:
