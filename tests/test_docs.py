@@ -119,6 +119,7 @@ def test_the_tables_are_complete() -> None:
     assert [k for k in {*BACKENDS, *keys} if f"`{k}`" not in targets] == []
     assert [n for n in shipped.names("models", ".py") if f"| `{n}` |" not in models] == []
     assert [n for n in shipped.names("models/recipes", ".toml") if f"`{n}`" not in compress] == []
+    compress += _text("training.md")
     settings = {key for table in step_tables().values() for key in table.model_fields} - {"step"}
     assert [n for n in step_tables() if f"| `{n}` |" not in compress] == []
     assert [k for k in settings if f"`{k}`" not in compress] == []

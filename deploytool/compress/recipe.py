@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from deploytool import shipped
-from deploytool.compress.step import Calibration, StepTable
+from deploytool.compress.step import Calibration, StepTable, Training
 from deploytool.errors import UsageProblem, nearest
 from deploytool.settings import Table, check_table, collect, complain, line_of, read_toml
 
@@ -35,6 +35,7 @@ class _File(Table):
     compress: list[dict[str, Any]] = Field(default_factory=list)
     calibration: Calibration = Calibration()
     quality: Quality = Quality()
+    training: Training = Training()
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Recipe:
     targets: tuple[str, ...] = ()
     calibration: Calibration = Calibration()
     quality: Quality = Quality()
+    training: Training = Training()
 
     def plan(self) -> list[dict[str, Any]]:
         """What will be done, as data: one table per step with every setting, defaults included."""
@@ -60,7 +62,7 @@ def step_tables() -> dict[str, type[StepTable]]:
     for path in sorted(Path(__file__).parent.glob("*/tables.py")):
         module = importlib.import_module(f"deploytool.compress.{path.parent.name}.tables")
         tables = [t for t in vars(module).values() if inspect.isclass(t) and issubclass(t, StepTable)]
-        found.update({t.step_name(): t for t in tables if t is not StepTable})
+        found.update({t.step_name(): t for t in tables if t.__module__ == module.__name__})
     return found
 
 
@@ -94,7 +96,7 @@ def parse_recipe(data: dict[str, Any], text: str, *, where: str) -> Recipe:
     if problems or file is None:
         raise complain(where, problems)
     return Recipe(where, tuple(s for s in steps if s is not None), file.model, file.targets, file.calibration,
-                  file.quality)  # fmt: skip
+                  file.quality, file.training)  # fmt: skip
 
 
 def _step(table: dict[str, Any], index: int, text: str, where: str) -> StepTable:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deploytool import worker
 from deploytool.compress.recipe import Recipe, load_recipe
 from deploytool.compress.step import Context, Progress
 from deploytool.encoding import Encoding
@@ -24,6 +25,7 @@ from deploytool.load.model import open_source
 from deploytool.load.resolve import COMPRESSED
 from deploytool.source import ModelRef, Source
 from deploytool.storage import refuse_existing
+from deploytool.train.parallel import first_process, wait_for_all
 
 SCHEMA_VERSION = "1.0"
 
@@ -50,29 +52,39 @@ def compress(
         raise InputRefused("DT313", f"[quality] needs a model with evaluate() ({original.ref.name} has none)",
                            fix="add evaluate() to the model file, or remove max_drop")  # fmt: skip
     context = Context(original, recipe.calibration, seed, progress)
-    before = measure(original, evaluate)
+    before = after = measure(original, evaluate)
     current, steps = source, []
     for number, settings in enumerate(recipe.steps, start=1):
         progress(f"step {number}/{len(recipe.steps)}: {settings.step}")
         started = time.perf_counter()
         apply = importlib.import_module(settings.code).apply
-        current, did = apply(current, settings, context)
+        current, did = apply(current, settings, _for_step(context, recipe, number))
         seconds = time.perf_counter() - started
         _check_runs(current, settings.step)
         current, lost = _drop_lost_encodings(current)
         if lost:
             did = {**did, "encodings_lost": lost}
             progress(f"{settings.step}: {len(lost)} quantized weights have left their grids and are floats again")
-        steps.append({"step": settings.step, "seconds": seconds, "settings": settings.model_dump(mode="json"), **did})
+        after = measure(current, evaluate)
+        steps.append({"step": settings.step, "seconds": seconds, "settings": settings.model_dump(mode="json"),
+                      "after": after, **did})  # fmt: skip
     if current.original is None:
         current = dataclasses.replace(current, original=original.ref)
-    after = measure(current, evaluate)
     report = {
         "schema_version": SCHEMA_VERSION, "model": source.ref.name, "recipe": recipe.where, "seed": seed,
         "before": before, "after": after, "steps": steps,
         "quality": judge(before["metrics"], after["metrics"], original.lower_is_better, recipe.quality.max_drop),
     }  # fmt: skip
     return current, report
+
+
+def _for_step(context: Context, recipe: Recipe, number: int) -> Context:
+    """The context of a step, with a folder of its own for checkpoints where the recipe wants them."""
+    folder, every = recipe.training.checkpoints, recipe.training.every_steps
+    if folder is None:
+        return context
+    place = Path(folder) / f"{number:02}-{recipe.steps[number - 1].step}"
+    return dataclasses.replace(context, checkpoints=place, checkpoint_every=every)
 
 
 def compress_job(
@@ -83,15 +95,18 @@ def compress_job(
     Raises CheckFailed, and writes nothing, when a metric drops by more than the recipe's [quality] allows.
     """
     refuse_existing(Path(out), overwrite, COMPRESSED)
+    wait_for_all()  # or a process that starts late would find what the first one has written
     recipe = load_recipe(Path(recipe_path))
     source = open_source(ModelRef(**ref))
     original = source if source.original is None else open_source(source.original)
-    compressed, report = compress(source, recipe, seed=seed, evaluate=evaluate, progress=_to_stderr, original=original)
+    compressed, report = compress(source, recipe, seed=seed, evaluate=evaluate, progress=_tell, original=original)
     if report["quality"]["passed"] is False:
         raise CheckFailed("DT104", f"no metric may drop by more than {recipe.quality.max_drop:g} of its value (got "
                           f"{_drops(report['quality']['drops'])})",
                           fix="compress less, train longer, or raise [quality] max_drop")  # fmt: skip
-    save_compressed(compressed, original, report, Path(out), overwrite=overwrite)
+    if first_process():
+        save_compressed(compressed, original, report, Path(out), overwrite=overwrite)
+    wait_for_all()
     return {**report, "output": out}
 
 
@@ -177,5 +192,8 @@ def _drops(drops: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {drop:.4f}" for name, drop in drops.items()) or "a metric is missing"
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _tell(line: str) -> None:
+    """To whoever watches this process, and to its log."""
+    if first_process():
+        worker.progress(line)
+        print(line, file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, get_args
 
 from pydantic import Field
@@ -45,6 +46,17 @@ class Calibration(Table):
     length: int | None = Field(default=None, ge=1)
 
 
+class Training(Table):
+    """What all steps that train share.
+
+    checkpoints   folder that keeps how far each step is: the same command goes on from there after a crash
+    every_steps   optimizer steps between two checkpoints
+    """
+
+    checkpoints: str | None = Field(default=None, min_length=1)
+    every_steps: int = Field(default=200, ge=1)
+
+
 @dataclass(frozen=True)
 class Context:
     """What a step may use besides its settings.
@@ -53,12 +65,16 @@ class Context:
     calibration   the recipe's [calibration]
     seed          every random choice of a step follows from it
     progress      takes one line of text at a time
+    checkpoints   the step's folder for checkpoints of training, None where none are kept
+    checkpoint_every  optimizer steps between two of them
     """
 
     original: Source
     calibration: Calibration
     seed: int
     progress: Progress
+    checkpoints: Path | None = None
+    checkpoint_every: int = 200
 
     def samples(self, source: Source) -> list[dict[str, Tensor]]:
         """The first `calibration.samples` samples of a source, cut to `calibration.length` along "sequence"."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,11 +16,13 @@ from torch import nn
 from deploytool.errors import InputRefused, nearest
 from deploytool.load.attention_routing import Pattern, reroute
 from deploytool.load.flat import FlatModule
+from deploytool.load.input_grid import add_input_grid
 from deploytool.load.fourier import FourierMixing
 from deploytool.load.plain_attention import plain
 from deploytool.source import Source
 
 Edit = Mapping[str, Any]
+_NUMBER = "layer_idx"  # by which transformers' layers find their place in a cache
 
 
 def with_module(source: Source, module: nn.Module, **changes: Any) -> Source:
@@ -62,7 +64,26 @@ def replace_linear_by_pair(root: nn.Module, name: str, rank: int) -> nn.Sequenti
     return pair
 
 
+def keep_items(root: nn.Module, name: str, items: Sequence[int]) -> None:
+    """Keep only the numbered layers of a list, in their order; layers that know their own number learn the new one."""
+    old = root.get_submodule(name)
+    if not isinstance(old, (nn.ModuleList, nn.Sequential)):
+        raise ValueError(f"layer {name!r} must be a list of layers, not a {type(old).__name__}")
+    if not items or max(items) >= len(old):
+        raise ValueError(f"{name!r} has layers 0 to {len(old) - 1}, not {list(items)}")
+    kept = [old[index] for index in items]
+    for number, layer in enumerate(kept):
+        for inner in layer.modules():
+            if isinstance(getattr(inner, _NUMBER, None), int):
+                setattr(inner, _NUMBER, number)
+    old._modules.clear()
+    for number, layer in enumerate(kept):
+        old.add_module(str(number), layer)
+
+
 EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
+    "input_grid": add_input_grid,
+    "keep_items": lambda root, edit: keep_items(root, edit["layer"], edit["items"]),
     "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
     "attention_pattern": lambda root, edit: reroute(root, edit["layer"], Pattern(**edit["pattern"])),
     "fourier": lambda root, edit: replace_layer(

@@ -31,10 +31,11 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Saving:
-    """Where checkpoints are kept, and after how many optimizer steps each."""
+    """Where checkpoints are kept, after how many optimizer steps each, and a text that tells trainings apart."""
 
     folder: Path
     every: int
+    about: str = ""
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def fit(
     masks: Mapping[str, Tensor] | None = None,
     count: Callable[[Batch], float] = items,
     watch: Callable[[], float] | None = None,
+    before_step: Callable[[int, int], None] = lambda step, total: None,
     saving: Saving | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Trained:
@@ -83,7 +84,8 @@ def fit(
 
     `batches(epoch)` gives one pass; `loss(batch)` runs the module and gives a mean over `count(batch)` things. Weights
     where `masks` is False are zero after every step. `watch()`, lower is better, judges an epoch where the schedule has
-    patience; left out, it is the epoch's mean loss. The same seed gives the same bits, also when the process was killed
+    patience; left out, it is the epoch's mean loss. `before_step(step, total)` may change what depends on how far
+    training is. The same seed gives the same bits, also when the process was killed
     and goes on from a checkpoint of `saving`. Raises CheckFailed when the loss or a gradient is NaN or infinite, and
     InputRefused when there are no batches or the checkpoint is another training's.
     """
@@ -92,7 +94,7 @@ def fit(
     try:
         with isolated(), ExitStack() as stack:
             total, each = _length(batches, schedule, team)
-            wanted = _identity(module, schedule, total, team) if saving else {}
+            wanted = _identity(module, schedule, total, team, saving.about) if saving else {}
             module.requires_grad_(False).to(team.device)
             for parameter in module.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
@@ -100,7 +102,21 @@ def fit(
             if schedule.gradient_checkpointing:
                 stack.enter_context(recomputed(module))
             stack.enter_context(spread(module, team))
-            run = _Run(module, loss, schedule, team, total, each, masks or {}, count, watch, saving, wanted, progress)
+            run = _Run(
+                module,
+                loss,
+                schedule,
+                team,
+                total,
+                each,
+                masks or {},
+                count,
+                watch,
+                saving,
+                wanted,
+                progress,
+                before_step,
+            )
             return run.all(batches)
     except RuntimeError as error:
         raise BackendFailed("DT504", f"a training step must run (got: {str(error)[:500]})") from error
@@ -134,9 +150,11 @@ class _Run:
         self, module: nn.Module, loss: Loss, schedule: Schedule, team: Team, total: int, each: int,
         masks: Mapping[str, Tensor], count: Callable[[Batch], float], watch: Callable[[], float] | None,
         saving: Saving | None, wanted: Mapping[str, Any], progress: Callable[[str], None],
+        before_step: Callable[[int, int], None],
     ):  # fmt: skip
         self.module, self.schedule, self.team, self.total, self.each = module, schedule, team, total, each
         self.count, self.watch, self.saving, self.wanted, self.progress = count, watch, saving, wanted, progress
+        self.before_step = before_step
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.names = {id(p): name for name, p in module.named_parameters()}
         self.masks = {name: like(module.get_parameter(name), mask) for name, mask in masks.items()}
@@ -177,6 +195,7 @@ class _Run:
         """One optimizer step; how many items it held."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.before_step(number, self.total)
         counts = [self.count(batch) for batch in step.batches]
         everything = sum(counts)
         if everything <= 0:
@@ -313,10 +332,10 @@ def _length(batches: Batches, schedule: Schedule, team: Team) -> tuple[int, int]
     return min(schedule.epochs * each, schedule.steps or schedule.epochs * each), each
 
 
-def _identity(module: nn.Module, schedule: Schedule, total: int, team: Team) -> dict[str, Any]:
+def _identity(module: nn.Module, schedule: Schedule, total: int, team: Team, about: str) -> dict[str, Any]:
     """What a checkpoint must have in common with the training that goes on from it."""
     return {"model": checkpoint.sha256(_tensors(module)), "schedule": asdict(schedule), "steps": total,
-            "parts": team.parts}  # fmt: skip
+            "parts": team.parts, "settings": about}  # fmt: skip
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from deploytool.compress.distill.distill import apply
 from deploytool.compress.distill.tables import Distill
-from deploytool.compress.distill.temperature import apply, cosine_loss, soft_loss
+from deploytool.compress.distill.temperature import cosine_loss, soft_loss
 from deploytool.compress.factorize.svd import apply as factor
 from deploytool.compress.factorize.tables import Svd
 from deploytool.compress.prune.magnitude import apply as prune

@@ -153,7 +153,7 @@ def test_no_room_for_a_checkpoint(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(EnvironmentLacking, match="step-000000004.*must be writable"):
+        with pytest.raises(EnvironmentLacking, match=r"step-000000004.*must be writable"):
             _train(_model(), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -191,9 +191,10 @@ def test_fp16_overflow_lowers_the_scale() -> None:
 class _Blocks(nn.Module):
     def __init__(self, depth: int = 12, width: int = 32) -> None:
         super().__init__()
-        block = lambda: nn.Sequential(nn.Linear(width, 8 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(8 * width, width))  # noqa: E731, E501
-        self.blocks = nn.ModuleList(block() for _ in range(depth))
-        self.kept = 0
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 8 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(8 * width, width))
+            for _ in range(depth)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -1,0 +1,1 @@
+"""Training with the model's own loss."""

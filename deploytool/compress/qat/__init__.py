@@ -1,0 +1,1 @@
+"""Quantization-aware training: weights and inputs on grids while the model learns."""

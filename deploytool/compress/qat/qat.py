@@ -1,0 +1,121 @@
+"""Quantization-aware training: the model learns with its weights, and its layers' inputs, already on their grids."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploytool.compress.distill.temperature import soft_loss
+from deploytool.compress.fitting import any_batches, outputs_of, seed_of, train
+from deploytool.compress.matrices import matrix
+from deploytool.compress.qat.activations import KINDS, extremes_of, freeze
+from deploytool.compress.qat.tables import Qat
+from deploytool.compress.qat.weights import WeightGrids
+from deploytool.compress.quantize.layers import chosen_layers, group_of, refuse_none, shrinks_of
+from deploytool.compress.quantize.ranges import choose
+from deploytool.compress.step import Context
+from deploytool.encoding import Encoding
+from deploytool.errors import UsageProblem
+from deploytool.load.input_grid import CHILD
+from deploytool.load.surgery import apply_edits, with_module
+from deploytool.source import Source
+from deploytool.train.parallel import device
+from deploytool.train.stream import Batch
+
+
+def apply(source: Source, settings: Qat, context: Context) -> tuple[Source, dict[str, Any]]:
+    """Train a copy of the source on grids; weights that lie on grids already keep theirs as a start."""
+    towards = _towards(source, settings)
+    batches, origin = any_batches(source, context)
+    student = with_module(source, copy.deepcopy(source.module))
+    layers, skipped = chosen_layers(student.module, settings)
+    refuse_none("qat", list(layers), skipped)
+    edits = _add_input_grids(student, layers, settings, context)
+    encodings = {f"{name}.weight".lstrip("."): _encoding(layer, settings) for name, layer in layers.items()}
+    encodings |= {n: e for n, e in source.encodings.items() if n not in encodings}
+    loss = _loss(source, student, context.original, settings, towards)
+    with WeightGrids(student.module, encodings, settings.ranges) as grids:
+        masks = {grids.name(name): mask for name, mask in source.masks.items()}
+        done = train(student.module, batches, loss, settings, context, masks)
+        encodings = grids.bake()
+    told = [{"layer": name, "bits": settings.bits, **(freeze(layer, int(settings.activations)) if edits else {})}
+            for name, layer in layers.items()]  # fmt: skip
+    report = {
+        "towards": towards, "data": origin, "seed": seed_of(settings, context), **done.report(),
+        "masked_weights": len(source.masks), "layers": told, "skipped": skipped,
+    }  # fmt: skip
+    context.original.flat.to("cpu")
+    return with_module(student, student.module, encodings=encodings, edits=(*source.edits, *edits)), report
+
+
+def _encoding(layer: nn.Module, settings: Qat) -> Encoding:
+    weight = matrix(layer)
+    return choose(weight, settings.bits, group_of(weight, settings.group), settings.symmetric,
+                  shrinks=shrinks_of(settings))  # fmt: skip
+
+
+def _add_input_grids(
+    student: Source, layers: dict[str, nn.Module], settings: Qat, context: Context
+) -> list[dict[str, Any]]:
+    """Grids for the layers' inputs, from the extremes on the calibration samples; the edits that make them again."""
+    if settings.activations == "none":
+        return []
+    bits = int(settings.activations)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[name] = extremes_of(inputs[0], seen.get(name))
+
+        return keep
+
+    handles = [layer.register_forward_pre_hook(keeper(name)) for name, layer in layers.items()]
+    with torch.no_grad():
+        for sample in context.samples(student):
+            outputs_of(student.flat, student, sample)
+    for handle in handles:
+        handle.remove()
+    edits = [{"kind": "input_grid", "layer": name, "bits": bits} for name in layers]
+    apply_edits(student.module, edits)
+    for name, layer in layers.items():
+        layer.add_module(CHILD, KINDS[settings.ranges](bits, *seen[name]))
+    return edits
+
+
+def _loss(source: Source, student: Source, original: Source, settings: Qat, towards: str) -> Callable[[Batch], Tensor]:
+    own, names = source.loss, source.signature.output_names
+    floats = [spec.name for spec in source.signature.outputs if spec.dtype.startswith("float")]
+    matched = "logits" if "logits" in names else floats[0]
+    teacher = original.flat.to(device())
+
+    def loss(batch: Batch) -> Tensor:
+        given = outputs_of(student.flat, source, batch)
+        parts: list[Tensor] = []
+        if towards != "labels":
+            with torch.no_grad():
+                wanted = outputs_of(teacher, original, batch)
+            parts.append(_distance(given[matched], wanted[matched], matched, settings.temperature))
+        if towards != "original" and own is not None:
+            parts.append(own(given, batch))
+        return torch.stack(parts).mean()
+
+    return loss
+
+
+def _distance(given: Tensor, wanted: Tensor, name: str, temperature: float) -> Tensor:
+    if name == "logits":
+        return soft_loss(given, wanted, temperature)
+    return (given - wanted).square().mean()
+
+
+def _towards(source: Source, settings: Qat) -> str:
+    labelled = source.train_batches is not None and source.loss is not None
+    if settings.towards in ("labels", "both") and not labelled:
+        raise UsageProblem("DT204", f"towards must be 'original' for a model without train_batches() and loss() "
+                           f"(got {settings.towards!r})",
+                           fix="leave towards out, or add both to the model file")  # fmt: skip
+    return settings.towards or ("both" if labelled else "original")

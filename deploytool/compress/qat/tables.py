@@ -1,0 +1,35 @@
+"""Settings of quantization-aware training."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from deploytool.compress.quantize.tables import Grid
+from deploytool.compress.training import TrainingTable
+
+
+class Qat(Grid, TrainingTable):
+    """Train with weights on grids of few bits, and with inputs on grids of 8 where they are asked for.
+
+    bits          of the weights
+    group         input channels that share a scale, or "channel": one scale per output channel
+    symmetric     no zero points: 0 is the middle code
+    activations   bits of the layers' inputs, one scale per tensor, or "none"
+    ranges        "learned": scales are trained with the weights; "average": they follow the values, inputs by a moving
+                  average
+    towards       "labels": the model's own loss; "original": what the uncompressed model gives; "both"
+    temperature   softens both distributions towards the original
+    """
+
+    code: ClassVar[str] = "deploytool.compress.qat.qat"
+    step: Literal["qat"]
+    bits: int = Field(default=8, ge=2, le=8)
+    group: Annotated[int, Field(ge=1)] | Literal["channel"] = "channel"
+    symmetric: bool = True
+    search: bool = True
+    activations: Literal["none"] | Annotated[int, Field(ge=2, le=8)] = 8
+    ranges: Literal["learned", "average"] = "learned"
+    towards: Literal["labels", "original", "both"] | None = None
+    temperature: float = Field(default=2.0, gt=0, le=100)
