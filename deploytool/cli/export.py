@@ -21,6 +21,7 @@ from deploytool.worker import Limits
 @click.option("--bench-seconds", default=10.0, type=options.SECONDS_OR_NONE, show_default=True,
               help="Time for timing each target.")  # fmt: skip
 @click.option("--no-bench", is_flag=True, help="Leave timing out.")
+@click.option("--keep-best", is_flag=True, help="Keep the plain artifact where a quantized one is no better.")
 @click.option("--no-quality", is_flag=True, help="Leave the task metric and decoding checks out.")
 @click.option("--exporter", type=click.Choice(["auto", "torchscript", "dynamo"]), default="auto", show_default=True,
               help="How the ONNX graph is made; auto traces, and uses dynamo where tracing is wrong.")  # fmt: skip
@@ -33,8 +34,8 @@ from deploytool.worker import Limits
 @options.json_option
 def command(
     model: str | None, targets: tuple[str, ...], output: Path | None, overwrite: bool, bench_seconds: float,
-    no_bench: bool, no_quality: bool, exporter: str, no_cache: bool, samples: Path | None, seed: int, limits: Limits,
-    dry_run: bool, quiet: bool, as_json: bool,
+    no_bench: bool, keep_best: bool, no_quality: bool, exporter: str, no_cache: bool, samples: Path | None, seed: int,
+    limits: Limits, dry_run: bool, quiet: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Lower MODEL, build it for each target, verify and time it; one artifact folder per target.
 
@@ -49,7 +50,7 @@ def command(
     out = output or Path("deploytool-out") / Path(name).stem
     how = Options(out=out, overwrite=overwrite, bench_seconds=0.0 if no_bench else bench_seconds,
                   quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits,
-                  samples=samples)  # fmt: skip
+                  samples=samples, keep_best=keep_best)  # fmt: skip
     plan = make_plan(name, chosen, how)
     say(f"plan: {json.dumps(plan.to_json(how))}")
     if dry_run:

@@ -23,6 +23,7 @@ from deploytool.bundle.contents import FAILED
 from deploytool.cache import Prepared, prepare
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
+from deploytool.pipeline.best import against_plain, no_better, plain_instead
 from deploytool.pipeline.kept import parity_of
 from deploytool.pipeline.reference import Reference
 from deploytool.source import ModelRef
@@ -36,7 +37,7 @@ ALL = "all"
 _NOTHING: dict[str, Any] = {
     "target": None, "status": None, "reason": None, "artifact": None, "artifact_digest": None, "size_bytes": None,
     "precision": None, "executed": None, "parity": None, "compression": None, "quality": {}, "generation": None,
-    "speed": None, "memory": None, "findings": [], "seconds": {},
+    "speed": None, "memory": None, "findings": [], "seconds": {}, "kept": None,
 }  # fmt: skip
 Say = Callable[[str], None]
 
@@ -45,7 +46,8 @@ Say = Callable[[str], None]
 class Options:
     """How to export. `bench_seconds` is the time budget of one target's timing; 0 leaves timing out.
 
-    `samples` is an .npz file or a folder of such, for a model that brings none.
+    `samples` is an .npz file or a folder of such, for a model that brings none. With `keep_best`, a quantized artifact
+    that is no better than its plain one gives way to it.
     """
 
     out: Path
@@ -57,6 +59,7 @@ class Options:
     cache: bool = True
     limits: worker.Limits = worker.NO_LIMITS
     samples: Path | None = None
+    keep_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,13 @@ def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
     refuse_existing(options.out, options.overwrite)
     names = list(dict.fromkeys(n for t in targets for n in (target_names() if t == ALL else [t])))
     profiles = [load_checked_target(name) for name in names]
-    for profile in profiles:  # what is not ours is not replaced, whatever was asked
-        for place in (options.out / profile.name, failed_folder(options.out / profile.name)):
-            refuse_existing(place, options.overwrite, MANIFEST)
+    plains = [p.plain for p in profiles if p.plain and options.keep_best]
+    for written in dict.fromkeys([*(p.name for p in profiles), *plains]):
+        for place in (options.out / written, failed_folder(options.out / written)):
+            refuse_existing(place, options.overwrite, MANIFEST)  # what is not ours is not replaced, whatever was asked
+    if options.keep_best and not options.bench_seconds:
+        raise UsageProblem("DT201", "the better of two can be kept only when they are timed (got no time for it)",
+                           fix="leave --no-bench out")  # fmt: skip
     _refuse_same_name(profiles)
     probes = {p.name: _probe(p, ref) for p in profiles}
     able = tuple(p for p in profiles if probes[p.name].available)
@@ -125,7 +132,14 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
             results += failed
             reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
             for target in targets:
-                results.append(_one(target, reference, options, say, results))
+                result = _one(target, reference, options, say, results)
+                why = no_better(target, result) if options.keep_best else None
+                if why and target.plain:
+                    say(f"{target.name}: {why}")
+                    found = [r for r in results if r["target"] == target.plain]
+                    plain = found or [_one(load_checked_target(target.plain), reference, options, say, results)]
+                    result = plain_instead(target, result, why, plain[0])
+                results.append(result)
     report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),
               "targets": results}  # fmt: skip
     write_json(options.out / REPORT, report)
@@ -274,6 +288,7 @@ def _stages(
         findings += said
     clock.lap("bench")
     return {
+        **_NOTHING,
         "target": target.name,
         "status": "failed" if wrong else "ok",
         "reason": "; ".join(wrong) or None,
@@ -307,18 +322,12 @@ def _speed(
     memory = {"peak_rss_bytes": timed.pop("peak_rss_bytes")}
     speed = {**timed, "reference_p50_ms": eager["p50_ms"], "speedup": eager["speedup"],
              "speedup_ci": eager["speedup_ci"], "verdict": eager["verdict"]}  # fmt: skip
+    for name, other in others.items():
+        timed["against"][name]["size_bytes"] = other.size_bytes
     findings = []
     if target.plain is not None and timed["against"][target.plain]["verdict"] != "faster":
-        plain = timed["against"][target.plain]
-        ratio = "" if plain["speedup"] is None else f" ({plain['speedup']:.2f}x, interval {_interval(plain)})"
-        word = {"slower": "slower than", "same": "as fast as"}.get(plain["verdict"], "not shown to be faster than")
-        findings.append(f"{target.name} is {word} the plain {target.plain}{ratio}")
+        findings.append(against_plain(target, timed["against"][target.plain]))
     return speed, memory, findings
-
-
-def _interval(figures: Mapping[str, Any]) -> str:
-    low, high = figures["speedup_ci"]
-    return f"{low:.2f} to {high:.2f}"
 
 
 class _Clock:

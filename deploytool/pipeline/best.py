@@ -1,0 +1,44 @@
+"""The better of a quantized artifact and its plain one, as measured: loss of precision must buy something."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from deploytool.target import Target
+
+
+def against_plain(target: Target, plain: Mapping[str, Any]) -> str:
+    """How the artifact's speed is to that of its plain one, in a sentence; `plain` is its entry of "against"."""
+    ratio = ""
+    if plain["speedup"] is not None:
+        low, high = plain["speedup_ci"]
+        ratio = f" ({plain['speedup']:.2f}x, interval {low:.2f} to {high:.2f})"
+    word = {"slower": "slower than", "same": "as fast as"}.get(plain["verdict"], "not shown to be faster than")
+    return f"{target.name} is {word} the plain {target.plain}{ratio}"
+
+
+def no_better(target: Target, result: Mapping[str, Any]) -> str | None:
+    """Why a finished quantized artifact is no better than its plain one; None where it is, or where nothing was timed.
+
+    Better is what was shown to be faster, or to be as fast and is smaller.
+    """
+    if target.plain is None or result["status"] != "ok" or not result["speed"]:
+        return None
+    plain = result["speed"]["against"][target.plain]
+    if plain["verdict"] == "faster" or (plain["verdict"] == "same" and result["size_bytes"] < plain["size_bytes"]):
+        return None
+    return f"{against_plain(target, plain)}, so {target.plain} was kept"
+
+
+def plain_instead(target: Target, result: Mapping[str, Any], why: str, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain artifact's result under the target's name; the quantized artifact is removed, so that none ships it.
+
+    Where the plain one failed there is nothing to give way to, and the finding says so.
+    """
+    if plain["status"] != "ok":
+        said = f"{why}; but it cannot be: {plain['reason']}"
+        return {**result, "findings": [*result["findings"], said]}
+    shutil.rmtree(result["artifact"])
+    return {**plain, "target": target.name, "kept": target.plain, "findings": [*plain["findings"], why]}

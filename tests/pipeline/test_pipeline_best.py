@@ -1,0 +1,79 @@
+"""--keep-best: what a quantized artifact must have bought, and what lies in its place when it has not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploytool.artifact import Artifact
+from deploytool.bundle.contents import opened
+from deploytool.errors import UsageProblem
+from deploytool.pipeline import export as pipeline
+from deploytool.pipeline.best import no_better
+from deploytool.pipeline.export import Options, make_plan
+from deploytool.target import load_target
+
+Exported = Callable[..., dict[str, Any]]
+
+
+def figures(verdict: str, size: int = 100) -> dict[str, Any]:
+    """One reference's entry of "against"."""
+    return {"p50_ms": 1.0, "speedup": 1.0, "speedup_ci": [0.9, 1.1], "verdict": verdict, "size_bytes": size}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "plain_size", "kept"),
+    [("faster", 10, False), ("same", 101, False), ("same", 100, True), ("slower", 999, True), ("undecided", 999, True)],
+)
+def test_what_is_better(verdict: str, plain_size: int, kept: bool) -> None:
+    """Shown to be faster, or as fast and smaller, is better; anything else is not, a failed one has no say."""
+    result = {"status": "ok", "size_bytes": 100, "speed": {"against": {"ort": figures(verdict, plain_size)}}}
+    why = no_better(load_target("ort-int8"), result)
+    assert (why is not None and why.endswith("so ort was kept")) is kept
+    assert no_better(load_target("ort-int8"), {**result, "status": "failed"}) is None
+    assert no_better(load_target("ort"), result) is None
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes every timing against a plain artifact end with one verdict."""
+
+    def plant(verdict: str) -> None:
+        def compare(_: Artifact, others: Mapping[str, Artifact], *__: Any, **___: Any) -> dict[str, Any]:
+            return {"p50_ms": 1.0, "peak_rss_bytes": 1, "against": {name: figures(verdict) for name in others}}
+
+        monkeypatch.setattr(pipeline, "compare", compare)
+
+    return plant
+
+
+@pytest.mark.parametrize("targets", [("ort-int8",), ("ort", "ort-int8")])
+def test_the_plain_one_is_shipped(
+    model: str, exported: Exported, planted: Callable[[str], None], targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A slower int8 artifact gives way: its result is the plain one's and says so, and nothing else can be shipped."""
+    planted("slower")
+    result = exported(model, *targets, bench_seconds=1.0, keep_best=True)["targets"][-1]
+    assert (result["target"], result["kept"], result["precision"]) == ("ort-int8", "ort", "fp32")
+    assert Path(result["artifact"]) == tmp_path / "out" / "ort"
+    assert any("slower than the plain ort" in line for line in result["findings"])
+    with opened(tmp_path / "out") as artifacts:
+        assert list(artifacts) == ["ort"]
+
+
+def test_a_faster_one_stays(model: str, exported: Exported, planted: Callable[[str], None]) -> None:
+    """An int8 artifact that was shown to be faster is shipped, and so is a slower one when nobody asked."""
+    planted("faster")
+    assert exported(model, "ort-int8", bench_seconds=1.0, keep_best=True)["targets"][0]["precision"] == "int8"
+    planted("slower")
+    (result,) = exported(model, "ort-int8", bench_seconds=1.0, out="second")["targets"]
+    assert result["precision"] == "int8" and result["kept"] is None
+
+
+def test_it_needs_timing(model: str, tmp_path: Path) -> None:
+    """Without timing there is no better one: asking for it is a mistake."""
+    with pytest.raises(UsageProblem, match="only when they are timed"):
+        make_plan(model, ["ort-int8"], Options(out=tmp_path / "out", bench_seconds=0.0, keep_best=True))
