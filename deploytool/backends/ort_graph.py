@@ -13,9 +13,10 @@ from deploytool.artifact import Artifact
 from deploytool.backends import tables
 from deploytool.backends.base import Request
 from deploytool.backends.ort_decoder import fuse_decoder
-from deploytool.backends.ort_groups import Grouped
+from deploytool.backends.ort_groups import Grouped, grouped_from
 from deploytool.backends.ort_importance import mean_squares
 from deploytool.backends.ort_weights import Plan, Product, compress_weights, embedded, products, rounded_matrix
+from deploytool.encoding import read_coded
 from deploytool.errors import InputRefused
 from deploytool.lower.onnx_write import save
 
@@ -42,16 +43,41 @@ def write_weight_only(portable: Artifact, request: Request, options: tables.Onnx
     model = _loaded(portable)
     fused = fuse_decoder(model) if options.fuse else {}
     bits = 4 if request.target.precision == "int4" else 8
-    inputs = mean_squares(model, request) if bits == 4 else {}
-    plans = _plans(model, options, bits, inputs)
+    given, refused = _encoded(model, request)
+    inputs = mean_squares(model, request) if bits == 4 and not given else {}
+    plans = _plans(model, options, 8 if given else bits, inputs)
+    plans |= {name: Plan(matrix.bits, matrix.group, options.activations) for name, matrix in given.items()}
     if not plans:
         raise InputRefused("DT310", "the graph must hold matrix products with constant weights (got none)",
                            fix="choose an fp32 target, or openvino-int8, which takes convolutions too")  # fmt: skip
-    stored = compress_weights(model, plans, inputs)
+    stored = compress_weights(model, plans, inputs, given)
     passes.RemoveUnusedNodesPass()(model)
     model.opset_imports[MICROSOFT] = 1
     save(model, request.out)
-    return {**({"fused": fused, **_SINGLE_ROWS} if fused else {}), **_told(stored, plans)}
+    encoded = {"encoded": len(given), "encodings_not_taken": refused} if request.encodings else {}
+    return {**({"fused": fused, **_SINGLE_ROWS} if fused else {}), **_told(stored, plans), **encoded}
+
+
+def _encoded(model: ir.Model, request: Request) -> tuple[dict[str, Grouped], dict[str, str]]:
+    """The matrices that the model's own encodings give, by name, and why others of them could not be taken.
+
+    The name of joined products is those of their weights with "+" between them.
+    """
+    if request.encodings is None:
+        return {}, {}
+    coded = read_coded(request.encodings)
+    taken: dict[str, Grouped] = {}
+    refused: dict[str, str] = {}
+    for product in (*products(model.graph), *embedded(model.graph)):
+        parts = [coded.get(name) for name in product.name.split("+")]
+        if not any(parts):
+            continue
+        matrix, why = grouped_from(parts)
+        if matrix is None:
+            refused[product.name] = why
+        else:
+            taken[product.name] = matrix
+    return taken, refused
 
 
 def _loaded(portable: Artifact) -> ir.Model:

@@ -6,11 +6,15 @@ operators MatMulNBits and GatherBlockQuantized read it: two 4-bit codes in a byt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from deploytool.encoding import Coded
+
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range: outliers cut off buy finer steps for the rest
+_BLOCKS = (16, 32, 64, 128, 256)
 _ROWS = 4096  # rows handled at once: bounds the memory
 
 
@@ -57,6 +61,25 @@ def grouped(weight: np.ndarray, bits: int, group: int, importance: np.ndarray | 
     parts = [_rounded(weight[at : at + _ROWS], bits, group, importance) for at in range(0, len(weight), _ROWS)]
     codes, scales, zeros = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return Grouped(bits, codes, scales, zeros)
+
+
+def grouped_from(parts: Sequence[Coded | None]) -> tuple[Grouped | None, str]:
+    """Matrices that were quantized before, one below the other; None, and why, where the operators cannot take them."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None, "only some of the products that are computed as one are quantized"
+    if len({(part.bits, part.group) for part in known}) > 1:
+        return None, "products that are computed as one have different bits or groups"
+    if known[0].bits not in (4, 8):
+        return None, f"the operators take 4 and 8 bits (got {known[0].bits})"
+    blocks = [part.in_blocks(_BLOCKS) for part in known]
+    if any(block is None for block in blocks):
+        return None, f"the operators take groups of {', '.join(map(str, _BLOCKS))} (got {known[0].group})"
+    codes, scales, zeros = (np.concatenate(arrays) for arrays in zip(*(b for b in blocks if b), strict=True))
+    whole = np.round(zeros)
+    if (whole != zeros).any() or whole.min() < 0 or whole.max() >= 2 ** known[0].bits:
+        return None, "zero points must be whole numbers for the fast kernels"
+    return Grouped(known[0].bits, codes, scales.astype(np.float32), whole.astype(np.uint8)), ""
 
 
 def _rounded(

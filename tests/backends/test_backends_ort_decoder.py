@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ from workshop import Workshop, cosine
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
+from deploytool.encoding import Coded, save_coded
 from deploytool.verify.generation import greedy
 
 pytest.importorskip("transformers")
@@ -100,3 +103,35 @@ def test_decoding_is_that_of_the_portable_graph(workshop: Workshop) -> None:
         open_artifact(workshop.portable("decoder")) as own,
     ):
         assert greedy(fused, prompt, 20) == greedy(own, prompt, 20)
+
+
+def test_encodings_are_written_as_they_are(workshop: Workshop, tmp_path: Path) -> None:
+    """Codes that the model brings are what the products read, joined products included; the rest gets 8 bits."""
+    names = [f"model.model.layers.0.self_attn.{part}_proj.weight.T" for part in "qkv"]
+    rng = np.random.default_rng(0)
+    coded = {
+        name: Coded(4, 32, rng.integers(0, 16, (rows, 64), dtype=np.uint8), rng.random((rows, 2), np.float32) / 50,
+                    np.full((rows, 2), 7, np.float32))
+        for name, rows in zip(names, (64, 32, 32), strict=True)
+    }  # fmt: skip
+    save_coded(tmp_path / "encodings.npz", coded)
+    request = workshop.request("decoder", load_checked_target("ort-int4"))
+    artifact = build_artifact(replace(request, encodings=tmp_path / "encodings.npz"), {})
+    assert (artifact.settings["encoded"], artifact.settings["encodings_not_taken"]) == (1, {})
+    assert artifact.settings["weights"] == {"int4 group 32": 1, "int8 group 32": 2, "int8 group 64": 6}
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(artifact.main_file).graph.initializer}
+    packed = stored["+".join(names) + ".codes"].reshape(128, -1)
+    codes = np.concatenate([coded[name].codes for name in names])
+    assert np.array_equal(packed & 15, codes[:, ::2])
+    assert np.array_equal(packed >> 4, codes[:, 1::2])
+
+
+def test_encodings_that_do_not_fit_are_told(workshop: Workshop, tmp_path: Path) -> None:
+    """Zero points between codes have no fast kernel: the weight gets 8 bits, and the artifact says why."""
+    name = "model.model.layers.0.mlp.down_proj.weight.T"
+    coded = Coded(4, 32, np.zeros((64, 96), np.uint8), np.ones((64, 3), np.float32), np.full((64, 3), 7.5, np.float32))
+    save_coded(tmp_path / "encodings.npz", {name: coded})
+    request = workshop.request("decoder", load_checked_target("ort-int4"))
+    settings = build_artifact(replace(request, encodings=tmp_path / "encodings.npz"), {}).settings
+    assert settings["encoded"] == 0
+    assert "whole numbers" in settings["encodings_not_taken"][name]
