@@ -1,5 +1,6 @@
 """The folder that `compress` writes, which is a model again: `compressed.json` and `weights.safetensors`.
 
+Zeros take a bit each, and bytes are entropy-coded where that is smaller (packing.py); what comes back is bit-identical.
 A quantized weight is stored as its packed codes with scales and zero points, so that what comes back lies on its grid.
 No code and no pickle: the original model is opened, the recorded edits are made again and the weights put in.
 """
@@ -19,10 +20,18 @@ from torch import Tensor, nn
 
 from deploytool import shipped
 from deploytool.encoding import Encoding
-from deploytool.errors import DeployError, InputRefused, IntegrityBroken, InternalError, UsageProblem
+from deploytool.errors import (
+    DeployError,
+    EnvironmentLacking,
+    InputRefused,
+    IntegrityBroken,
+    InternalError,
+    UsageProblem,  # fmt: skip
+)
 from deploytool.load.grid import check_encoding, dequantize, fits, lies_on, pack, quantize, unpack
 from deploytool.load.infer import refuse_non_finite
 from deploytool.load.model import open_source
+from deploytool.load.packing import Packed, pack_state, unpack_state
 from deploytool.load.resolve import COMPRESSED
 from deploytool.load.surgery import apply_edits, with_module
 from deploytool.settings import Table
@@ -31,7 +40,7 @@ from deploytool.storage import new_folder, read_json, sha256_file, write_json
 
 WEIGHTS = "weights.safetensors"
 SCHEMA_VERSION = "1.0"
-_CODES, _SCALE, _ZERO_POINT = ":codes", ":scale", ":zero_point"  # no parameter's name has a colon
+_CODES, _SCALE, _ZERO_POINT, _PACKED = ":codes", ":scale", ":zero_point", ":packed"  # no parameter's name has a colon
 
 
 class _Original(Table):
@@ -50,6 +59,20 @@ class _Encoding(Table):
     dtype: Literal["float32", "float16", "bfloat16"]
 
 
+class _Part(Table):
+    method: str
+    size_bytes: int
+
+
+class _Packed(Table):
+    """As `packing.Packed`: how the bytes under the tensor's name and ":packed" are to be read."""
+
+    dtype: str
+    shape: list[int]
+    bitmap: bool
+    parts: list[_Part]
+
+
 class _Document(Table):
     """`ties`: {name: name under which its tensor is stored}; `masked`: weights whose zeros must stay zero."""
 
@@ -60,6 +83,7 @@ class _Document(Table):
     edits: list[dict[str, Any]]
     masked: list[str]
     encodings: dict[str, _Encoding] = Field(default_factory=dict)
+    packed: dict[str, _Packed] = Field(default_factory=dict)
     ties: dict[str, str]
     signature: dict[str, Any]
     report: dict[str, Any]
@@ -69,8 +93,9 @@ def save_compressed(source: Source, original: Source, report: dict[str, Any], ou
     """Write the folder of a compressed source, whole or not at all."""
     state, ties = _untied(source.module.state_dict())
     encodings = _encode(state, source.encodings)
+    stored, packed = pack_state(state, _PACKED)
     with new_folder(out, overwrite=overwrite, marker=COMPRESSED) as folder:
-        save_file(state, folder / WEIGHTS)
+        _write(stored, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)
         ref = original.ref
         write_json(folder / COMPRESSED, {
@@ -81,10 +106,28 @@ def save_compressed(source: Source, original: Source, report: dict[str, Any], ou
             "edits": [dict(edit) for edit in source.edits],
             "masked": sorted(source.masks),
             "encodings": encodings,
+            "packed": {name: _told(how) for name, how in packed.items()},
             "ties": ties,
             "signature": source.signature.to_json(),
             "report": report,
         })  # fmt: skip
+
+
+def _told(how: Packed) -> dict[str, Any]:
+    parts = [{"method": method, "size_bytes": size} for method, size in how.parts]
+    return {"dtype": how.dtype, "shape": list(how.shape), "bitmap": how.bitmap, "parts": parts}
+
+
+def _meant(how: _Packed) -> Packed:
+    return Packed(how.dtype, tuple(how.shape), how.bitmap, tuple((p.method, p.size_bytes) for p in how.parts))
+
+
+def _write(stored: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(stored, path)
+    except SafetensorError as error:  # it wraps the system's error, a full disk above all
+        raise EnvironmentLacking("DT403", f"{path.parent.name} must be writable (got: {error})",
+                                 fix="free some space, or choose another place with -o") from error  # fmt: skip
 
 
 def open_compressed(ref: ModelRef) -> Source:
@@ -189,7 +232,7 @@ def _load_weights(path: Path, document: _Document) -> tuple[dict[str, Tensor], d
     if not path.is_file() or sha256_file(path) != document.weights_sha256:
         raise IntegrityBroken("DT601", f"{path} must be the file that {COMPRESSED} names (missing or changed)")
     try:
-        stored = load_file(path)
+        stored = unpack_state(load_file(path), {n: _meant(how) for n, how in document.packed.items()}, _PACKED)
         encodings = _decode(stored, document.encodings)
         state = {**stored, **{name: stored[owner] for name, owner in document.ties.items()}}
         missing = [name for name in document.masked if name not in state]

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,13 +51,19 @@ def inputs(tokens: int) -> list[Tensor]:
 
 
 def peak_bytes(kind: str, tokens: int) -> int:
-    """By how much the peak of this process grows for one call."""
-    warm = inputs(256)
-    KINDS[kind](*warm)
+    """By how much the resident memory of this process grows at most in one call, its output included (Linux)."""
+    KINDS[kind](*inputs(256))
     tensors = inputs(tokens)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: VmHWM becomes VmRSS
+    before = memory("VmRSS")
     KINDS[kind](*tensors)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return memory("VmHWM") - before
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 
 def seconds(kind: str, tokens: int, runs: int) -> float:
