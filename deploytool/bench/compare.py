@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,13 +12,14 @@ from deploytool.artifact import Artifact
 from deploytool.bench import environment as surroundings
 from deploytool.bench.blocks import Block, measure, medians, undisturbed
 from deploytool.bench.serve import THREAD_LIMITS
-from deploytool.bench.statistics import MIN_BLOCKS, percentile, runs_needed, speedup, spread
+from deploytool.bench.statistics import MIN_BLOCKS, percentile, runs_needed, speedup, spread, sure_percentile
 from deploytool.worker import Limits, Worker
 
 _WARM_UP_SHARE = 0.05
 _WARM_UP_SECONDS = 1.0
 _WARM_UP_RUNS = 10_000
 _GUARD_THREADS = 8
+_SURE = 0.10  # a difference this large is not of one layout of memory
 _OPENER = "deploytool.backends.base:open_artifact"
 
 
@@ -66,37 +68,88 @@ def compare(
 ) -> dict[str, Any]:
     """Time `candidate` and each reference on the inputs of `case`; the result is JSON.
 
-    Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), runs, blocks,
-    disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, environment, notes, block_medians_ms per reference,
-    and `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, and speedup (reference time
-    over candidate time),
-    speedup_ci (95 %; below five undisturbed blocks the lowest and highest seen, and nothing is decided), verdict.
+    Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), p99_sure_ms (a
+    bound, or None), runs, blocks, disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, environment, notes,
+    block_medians_ms per reference, and `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes,
+    and speedup (reference time over candidate time), speedup_ci (95 %; below five undisturbed blocks the lowest and
+    highest seen, and nothing is decided), verdict, confirmed.
+
+    A difference below a tenth is claimed only when a second measurement in fresh processes, of the same budget, shows
+    it too: another layout of memory alone can make a program a few percent slower. Then `confirmed` says whether it
+    did, and figures are of all blocks.
 
     `budget_seconds` is for timing; opening and warming come on top, and when blocks are slow or disturbed it may take
     twice that. `limits` hold for each call into each process. Raises BackendFailed when a process crashes, hangs or
     outgrows its memory, and whatever opening or running the artifact raises.
     """
-    say = report or (lambda _: None)
-    with ExitStack() as stack:
-        guard = stack.enter_context(Worker("bench guard", limits, THREAD_LIMITS))
-        guard.create("deploytool.bench.serve:Guard", threads=_guard_threads([candidate, *references.values()]))
-        opened: dict[str, Process] = {}
-        for name, artifact in {"": candidate, **references}.items():
-            say(f"opening {name or 'the candidate'}")
-            worker = stack.enter_context(Worker(f"bench {name or 'candidate'}", limits))
-            opened[name] = Process(worker, artifact, case, opener)
-        for process in opened.values():
-            process.warm_up(min(_WARM_UP_SECONDS, _WARM_UP_SHARE * budget_seconds))
-            process.rest()
-        environment = surroundings.environment()
-        pids = [guard.pid, *(p.pid for p in opened.values())]
-        start = surroundings.usage(pids)
-        others = {name: opened[name] for name in references}
-        blocks = measure(opened[""], others, lambda: float(guard.invoke("kernel")),
-                         budget_seconds=budget_seconds, seed=seed, report=report)  # fmt: skip
-        environment |= surroundings.between(start, surroundings.usage(pids))
-        costs = {name: process.costs() for name, process in opened.items()}
-    return summarize(blocks, costs, seed=seed) | {"seed": seed, "environment": environment}
+    session = _Session(candidate, case, limits, budget_seconds, report or (lambda _: None), opener)
+    blocks, costs, environment = session.measure(references, seed)
+    first = summarize(blocks, costs, seed=seed)
+    close = {name: references[name] for name, figures in first["against"].items() if _close(figures)}
+    if not close:
+        return first | {"seed": seed, "environment": environment}
+    session.say(f"confirming in fresh processes: {', '.join(close)}")
+    again, _, _ = session.measure(close, seed + 1)
+    second = summarize(again, {name: costs[name] for name in ("", *close)}, seed=seed)
+    whole = summarize([*blocks, *again], costs, seed=seed)
+    for name in close:
+        _confirm(whole, name, first["against"][name], second["against"][name])
+    return whole | {"seed": seed, "environment": environment}
+
+
+class _Session:
+    """What stays the same between the measurement and its confirmation."""
+
+    def __init__(
+        self, candidate: Artifact, case: Path, limits: Limits, budget_seconds: float, say: Callable[[str], None],
+        opener: str,
+    ):  # fmt: skip
+        self._candidate, self._case, self._limits, self._budget = candidate, case, limits, budget_seconds
+        self._opener = opener
+        self.say = say
+
+    def measure(
+        self, references: Mapping[str, Artifact], seed: int
+    ) -> tuple[list[Block], dict[str, dict[str, Any]], dict[str, Any]]:
+        """Blocks of new processes, what each process cost (the candidate under ""), and the environment."""
+        with ExitStack() as stack:
+            guard = stack.enter_context(Worker("bench guard", self._limits, THREAD_LIMITS))
+            threads = _guard_threads([self._candidate, *references.values()])
+            guard.create("deploytool.bench.serve:Guard", threads=threads)
+            opened: dict[str, Process] = {}
+            for name, artifact in {"": self._candidate, **references}.items():
+                self.say(f"opening {name or 'the candidate'}")
+                worker = stack.enter_context(Worker(f"bench {name or 'candidate'}", self._limits))
+                opened[name] = Process(worker, artifact, self._case, self._opener)
+            for process in opened.values():
+                process.warm_up(min(_WARM_UP_SECONDS, _WARM_UP_SHARE * self._budget))
+                process.rest()
+            environment = surroundings.environment()
+            pids = [guard.pid, *(p.pid for p in opened.values())]
+            start = surroundings.usage(pids)
+            others = {name: opened[name] for name in references}
+            blocks = measure(opened[""], others, lambda: float(guard.invoke("kernel")),
+                             budget_seconds=self._budget, seed=seed, report=self.say)  # fmt: skip
+            environment |= surroundings.between(start, surroundings.usage(pids))
+            return blocks, {name: process.costs() for name, process in opened.items()}, environment
+
+
+def _close(figures: Mapping[str, Any]) -> bool:
+    """Whether a claim is so small that it could be of these processes alone."""
+    return figures["verdict"] in ("faster", "slower") and abs(math.log(figures["speedup"])) < math.log1p(_SURE)
+
+
+def _confirm(whole: dict[str, Any], name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Keep the claim of the first measurement only when the second one's interval lies on the same side of 1."""
+    low, high = second["speedup_ci"]
+    enough = second["blocks"] >= MIN_BLOCKS
+    seen = enough and (low > 1 if first["verdict"] == "faster" else high < 1)
+    figures = whole["against"][name]
+    figures["confirmed"] = bool(seen)
+    figures["verdict"] = figures["verdict"] if seen and figures["verdict"] == first["verdict"] else "undecided"
+    if not seen:
+        whole["notes"].append(f"against {name}: {first['verdict']} ({first['speedup']:.3f}x) was not seen again in "
+                              f"fresh processes ({second['speedup']:.3f}x): undecided")  # fmt: skip
 
 
 def _guard_threads(artifacts: Sequence[Artifact]) -> int:
@@ -146,6 +199,7 @@ def _times(samples: Sequence[float]) -> dict[str, Any]:
         "p50_ms": medians([samples])[0],
         "p90_ms": percentile(samples, 0.90),
         "p99_ms": percentile(samples, 0.99),
+        "p99_sure_ms": sure_percentile(samples, 0.99),
         "runs": len(samples),
     }
 
@@ -165,6 +219,7 @@ def _against(blocks: Sequence[Block], quiet: Sequence[Block], seed: int) -> dict
         "speedup": seen.value,
         "speedup_ci": [seen.low, seen.high],
         "verdict": found.verdict() if found else "undecided",
+        "confirmed": None,
     }
 
 

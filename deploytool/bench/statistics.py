@@ -17,7 +17,9 @@ from deploytool.errors import InputRefused
 
 Verdict = Literal["faster", "same", "slower", "undecided"]
 
-MARGIN = 0.03  # what a restart of the same program can cost or gain; smaller differences are not claimed
+MARGIN = 0.02  # smaller differences are not claimed: another layout of memory can cost or gain as much
+WIDEST = 2.0  # an interval whose ends lie further apart than this factor decides nothing, wherever it lies
+CLAIM_CONFIDENCE = 0.99  # of the interval that must exclude 1 before a difference is claimed
 MIN_BLOCKS = 5  # a bootstrap of fewer has too few distinct resamples for a 95 % interval
 _TRIM = 0.2
 _TRIM_FROM = 8  # blocks; the trimmed mean of fewer has an interval twice as wide as the mean's
@@ -47,6 +49,27 @@ def runs_needed(share: float, confidence: float = 0.99) -> int:
     return runs
 
 
+def sure_percentile(samples_ms: Sequence[float], share: float, confidence: float = 0.99) -> float | None:
+    """A time that the percentile is below with the given confidence, in ms; None with fewer than `runs_needed`.
+
+    As many of the slowest runs are left out as may be for that confidence, and the slowest of the rest is told: with
+    t runs above the true percentile as unlikely as 1 - confidence, the t-th slowest is an upper bound of it.
+    Source: the inference rules of MLCommons, appendix on early stopping (binomial tail, tolerance 0).
+    """
+    ordered = np.sort(positive(samples_ms))
+    runs = ordered.size
+    allowed, below, tail = 0, -1, 0.0
+    log_over, log_under = math.log1p(-share), math.log(share)
+    while below < runs:
+        below += 1
+        log_choose = math.lgamma(runs + 1) - math.lgamma(below + 1) - math.lgamma(runs - below + 1)
+        tail += math.exp(log_choose + below * log_over + (runs - below) * log_under)
+        if tail > 1 - confidence:
+            break
+        allowed = below
+    return float(ordered[runs - allowed]) if allowed else None
+
+
 def percentile(samples_ms: Sequence[float], share: float) -> float:
     """The time that `share` of the runs stayed under, in ms; an estimate below `runs_needed(share)` runs."""
     return float(np.quantile(positive(samples_ms), share))
@@ -54,24 +77,30 @@ def percentile(samples_ms: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster the candidate is: the estimate and its 95 % interval."""
+    """How many times faster the candidate is: the estimate, its 95 % interval, and the one that claims need."""
 
     value: float
     low: float
     high: float
+    claim_low: float | None = None
+    claim_high: float | None = None
 
     def verdict(self, margin: float = MARGIN) -> Verdict:
         """In words.
 
-        "same": the whole interval lies within the margin. "faster", "slower": the interval excludes 1 and the
-        estimate lies outside the margin. Anything else is "undecided".
+        "same": the whole interval lies within the margin. "faster", "slower": the 99 % interval excludes 1, the
+        estimate lies outside the margin, and the interval is not absurdly wide. Anything else is "undecided".
         """
         below, above = 1 / (1 + margin), 1 + margin
+        low = self.low if self.claim_low is None else self.claim_low
+        high = self.high if self.claim_high is None else self.claim_high
         if below <= self.low and self.high <= above:
             return "same"
-        if self.low > 1 and self.value > above:
+        if high > WIDEST * low:
+            return "undecided"
+        if low > 1 and self.value > above:
             return "faster"
-        if self.high < 1 and self.value < below:
+        if high < 1 and self.value < below:
             return "slower"
         return "undecided"
 
@@ -102,8 +131,9 @@ def speedup(log_ratios: Sequence[float], *, seed: int, confidence: float = 0.95)
     if error == 0 or not usable.any():
         return Speedup(math.exp(center), math.exp(float(values.min())), math.exp(float(values.max())))
     distances = np.abs(drawn_means[usable] - center) / drawn_errors[usable]
-    half = float(np.quantile(distances, confidence)) * error
-    return Speedup(math.exp(center), math.exp(center - half), math.exp(center + half))
+    half, wide = (float(h) * error for h in np.quantile(distances, [confidence, max(confidence, CLAIM_CONFIDENCE)]))
+    return Speedup(math.exp(center), math.exp(center - half), math.exp(center + half),
+                   math.exp(center - wide), math.exp(center + wide))  # fmt: skip
 
 
 def spread(log_ratios: Sequence[float]) -> Speedup:

@@ -8,29 +8,51 @@ from typing import Any
 import click
 
 from deploytool.cli import options
+from deploytool.errors import UsageProblem
 from deploytool.worker import Limits
 
 
 @click.command("bench")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--seconds", default=20.0, type=options.SECONDS, show_default=True, help="Time for timing.")
+@click.option("--aa", "against_itself", is_flag=True, help="Time the artifact against itself: the machine's noise.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 65536),
+              help="Measure throughput at this batch size instead; repeat it.")  # fmt: skip
 @options.seed_option
 @options.limits_options
 @options.quiet_option
 @options.json_option
 def command(
-    artifacts: tuple[Path, ...], seconds: float, seed: int, limits: Limits, quiet: bool, as_json: bool
-) -> None:
+    artifacts: tuple[Path, ...], seconds: float, against_itself: bool, batches: tuple[int, ...], seed: int,
+    limits: Limits, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Time the first of ARTIFACTS against the others, interleaved; alone, against its eager model."""
     from deploytool.pipeline.again import bench_again
     from deploytool.pipeline.export import Options
+    from deploytool.pipeline.timing import noise_of, throughput_of
 
     how = Options(out=artifacts[0], bench_seconds=seconds, seed=seed, limits=limits)
-    result = bench_again(artifacts, how, options.say(quiet))
+    if ((against_itself or batches) and len(artifacts) > 1) or (against_itself and batches):
+        raise UsageProblem("DT201", "--aa and --batch each look at one artifact alone (got more)",
+                           fix="name one artifact, and one of the two")  # fmt: skip
+    if batches:
+        result = throughput_of(artifacts[0], list(dict.fromkeys(batches)), how)
+        lines = [f"batch {r['batch']}: {r['items_per_s']:.1f} items/s, p50 {r['p50_ms']:.3f} ms over {r['runs']} runs"
+                 for r in result["throughput"]]  # fmt: skip
+    elif against_itself:
+        result = noise_of(artifacts[0], how, options.say(quiet))
+        lines = [*_lines(result), _noise_line(result["noise"])]
+    else:
+        result = bench_again(artifacts, how, options.say(quiet))
+        lines = _lines(result)
     if as_json:
         options.print_json(result)
     else:
-        click.echo("\n".join(_lines(result)))
+        click.echo("\n".join(lines))
+
+
+def _noise_line(noise: dict[str, Any]) -> str:
+    return f"  noise floor: differences below {noise['detectable']:.1%} cannot be seen in this time on this machine"
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
