@@ -16,8 +16,9 @@ from deploytool.source import Source
 from deploytool.train.checkpoint import Saving
 from deploytool.train.loop import Trained, fit
 from deploytool.train.schedule import Schedule
-from deploytool.train.stream import Batch, Batches
+from deploytool.train.stream import IGNORED, Batch, Batches
 
+_LABELS = "target"
 OwnLoss = Callable[[dict[str, Tensor], Batch], Tensor]
 
 
@@ -68,6 +69,19 @@ def any_batches(source: Source, context: Context) -> tuple[Batches, str]:
     if source.train_batches is None:
         return _shuffled(context.samples(source), context.seed), "samples"
     return _by_epoch(source.train_batches), "train_batches"
+
+
+def next_tokens(source: Source, batch: Batch) -> tuple[Tensor, int]:
+    """The true next token of every position, and of how many positions it is known."""
+    if _LABELS in batch:
+        return batch[_LABELS], batch[_LABELS].shape[1]
+    tokens = [batch[n] for n in source.signature.input_names if batch[n].ndim == 2 and not batch[n].is_floating_point()]
+    if not tokens:
+        raise InputRefused("DT303", "token-scaled distillation needs token ids [batch, tokens], or a \"target\" of that shape, in "
+                           "the batches (got none)")  # fmt: skip
+    ids, mask = tokens[0], batch.get("attention_mask")
+    labels = ids[:, 1:]
+    return labels if mask is None else labels.masked_fill(mask[:, 1:] == 0, IGNORED), labels.shape[1]
 
 
 def _by_epoch(given: Callable[..., Iterable[dict[str, Tensor]]]) -> Batches:

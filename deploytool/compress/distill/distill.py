@@ -22,7 +22,7 @@ from deploytool.compress.distill.inner import InnerLosses
 from deploytool.compress.distill.tables import Distill
 from deploytool.compress.distill.temperature import cosine_loss, soft_loss, temperature_at
 from deploytool.compress.distill.token_scaled import token_scaled_loss
-from deploytool.compress.fitting import any_batches, outputs_of, seed_of, train
+from deploytool.compress.fitting import any_batches, next_tokens, outputs_of, seed_of, train
 from deploytool.compress.qat.weights import on_grids
 from deploytool.compress.step import Context
 from deploytool.errors import InputRefused, UsageProblem, nearest
@@ -32,11 +32,10 @@ from deploytool.load.resolve import resolve
 from deploytool.load.surgery import with_module
 from deploytool.source import Source
 from deploytool.train.parallel import device
-from deploytool.train.stream import IGNORED, Batch
+from deploytool.train.stream import Batch
 
 _DEFAULT_TEMPERATURE = 2.0
 _DEFAULT_ALPHA = 0.5
-_LABELS = "target"
 
 
 def apply(source: Source, settings: Distill, context: Context) -> tuple[Source, dict[str, Any]]:
@@ -101,26 +100,13 @@ def _comparison(
     match: str, settings: Distill, temperature: _Temperature, source: Source
 ) -> Callable[[Tensor, Tensor, Batch], Tensor]:
     def tsld(given: Tensor, wanted: Tensor, batch: Batch) -> Tensor:
-        labels, count = _next_tokens(source, batch)
+        labels, count = next_tokens(source, batch)
         return token_scaled_loss(given[:, :count], wanted[:, :count], labels, settings.token_temperature)
 
     plain: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "kl": lambda s, t: soft_loss(s, t, temperature.value), "mse": mse_loss, "cosine": cosine_loss,
     }  # fmt: skip
     return tsld if match == "tsld" else lambda given, wanted, batch: plain[match](given, wanted)
-
-
-def _next_tokens(source: Source, batch: Batch) -> tuple[Tensor, int]:
-    """The true next token of every position, and of how many positions it is known."""
-    if _LABELS in batch:
-        return batch[_LABELS], batch[_LABELS].shape[1]
-    tokens = [batch[n] for n in source.signature.input_names if batch[n].ndim == 2 and not batch[n].is_floating_point()]
-    if not tokens:
-        raise InputRefused("DT303", "match 'tsld' needs token ids [batch, tokens], or a \"target\" of that shape, in "
-                           "the batches (got none)")  # fmt: skip
-    ids, mask = tokens[0], batch.get("attention_mask")
-    labels = ids[:, 1:]
-    return labels if mask is None else labels.masked_fill(mask[:, 1:] == 0, IGNORED), labels.shape[1]
 
 
 def _taught(teacher: nn.Module, source: Source, batch: Batch, cache: TeacherCache | None) -> dict[str, Tensor]:

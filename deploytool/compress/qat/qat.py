@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from deploytool.compress.distill.temperature import soft_loss
-from deploytool.compress.fitting import any_batches, outputs_of, seed_of, train
+from deploytool.compress.distill.token_scaled import token_scaled_loss
+from deploytool.compress.fitting import any_batches, next_tokens, outputs_of, seed_of, train
 from deploytool.compress.matrices import matrix
 from deploytool.compress.qat.activations import KINDS, extremes_of, freeze
 from deploytool.compress.qat.tables import Qat
@@ -87,29 +89,27 @@ def _add_input_grids(
 
 
 def _loss(source: Source, student: Source, original: Source, settings: Qat, towards: str) -> Callable[[Batch], Tensor]:
-    own, names = source.loss, source.signature.output_names
+    """The mean of what is trained towards; with "tsld" their sum, as its authors have it."""
     floats = [spec.name for spec in source.signature.outputs if spec.dtype.startswith("float")]
-    matched = "logits" if "logits" in names else floats[0]
-    teacher = original.flat.to(device())
+    name = "logits" if "logits" in floats else floats[0]
+    match = settings.match or ("kl" if name == "logits" else "mse")
+    teacher, own = original.flat.to(device()), source.loss
+
+    def distance(given: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = outputs_of(teacher, original, batch)[name]
+        if match == "tsld":
+            labels, count = next_tokens(source, batch)
+            return token_scaled_loss(given[:, :count], wanted[:, :count], labels, settings.token_temperature)
+        return soft_loss(given, wanted, settings.temperature) if match == "kl" else mse_loss(given, wanted)
 
     def loss(batch: Batch) -> Tensor:
         given = outputs_of(student.flat, source, batch)
-        parts: list[Tensor] = []
-        if towards != "labels":
-            with torch.no_grad():
-                wanted = outputs_of(teacher, original, batch)
-            parts.append(_distance(given[matched], wanted[matched], matched, settings.temperature))
-        if towards != "original" and own is not None:
-            parts.append(own(given, batch))
-        return torch.stack(parts).mean()
+        parts = [] if towards == "labels" else [distance(given[name], batch)]
+        parts += [] if towards == "original" or own is None else [own(given, batch)]
+        return torch.stack(parts).sum() if match == "tsld" else torch.stack(parts).mean()
 
     return loss
-
-
-def _distance(given: Tensor, wanted: Tensor, name: str, temperature: float) -> Tensor:
-    if name == "logits":
-        return soft_loss(given, wanted, temperature)
-    return (given - wanted).square().mean()
 
 
 def _towards(source: Source, settings: Qat) -> str:

@@ -20,7 +20,9 @@ class Qat(Grid, TrainingTable):
     ranges        "learned": scales are trained with the weights; "average": they follow the values, inputs by a moving
                   average
     towards       "labels": the model's own loss; "original": what the uncompressed model gives; "both"
-    temperature   softens both distributions towards the original
+    match         towards the original: "kl", "mse", or "tsld" for language models with few bits
+    temperature   of "kl": softens both distributions
+    token_temperature  of "tsld": how evenly tokens count
     """
 
     code: ClassVar[str] = "deploytool.compress.qat.qat"
@@ -32,4 +34,6 @@ class Qat(Grid, TrainingTable):
     activations: Literal["none"] | Annotated[int, Field(ge=2, le=8)] = 8
     ranges: Literal["learned", "average"] = "learned"
     towards: Literal["labels", "original", "both"] | None = None
+    match: Literal["kl", "tsld", "mse"] | None = None
     temperature: float = Field(default=2.0, gt=0, le=100)
+    token_temperature: float = Field(default=10.0, gt=0)
