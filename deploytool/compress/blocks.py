@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from deploytool.compress.calls import Call, plain_forward, record_calls, replay
 from deploytool.compress.chain import follow, trace
-from deploytool.compress.matrices import Measure, geometry, rows
+from deploytool.compress.matrices import Measure, geometry, gram, rows
 from deploytool.errors import InputRefused
 from deploytool.source import Source
 
@@ -74,10 +74,7 @@ class Block:
                 part.sum += value
                 part.rows += len(x)
         totals = _per_layer(parts, watched)
-        bad = [name for name, total in totals.items() if not bool(torch.isfinite(total.sum).all())]
-        if bad:
-            raise InputRefused("DT303", "calibration samples must give finite activations (got NaN or infinity at "
-                               f"{bad[0]})", fix="check samples() for NaN, and the model for overflow")  # fmt: skip
+        _check_finite({name: total.sum for name, total in totals.items()})
         return totals
 
     def record(self, name: str) -> list[Call]:
@@ -87,6 +84,53 @@ class Block:
         return [call for calls in found for call in calls]
 
 
+@dataclass
+class Moments:
+    """G = X^T X and C = X0^T X, float64, of the rows X that a layer reads now and X0 that it read before."""
+
+    gram: Tensor
+    cross: Tensor
+    rows: int
+
+
+def paired_moments(before: Block, now: Block, layers: Iterable[str], *, ones: bool = False) -> dict[str, Moments]:
+    """{layer: Moments} of two like blocks, each fed in its own way; one object for layers that read the same tensor.
+
+    With `ones` the rows get a last column of ones, for the bias. Raises InputRefused when a sum is not finite.
+    """
+    names = list(layers)
+    parts: dict[tuple[str, ...], Moments] = {}
+    for old, new in zip(before.calls, now.calls, strict=True):
+        pairs = zip(_shared_rows(before.module, old, {n: before.layers[n] for n in names}),
+                    _shared_rows(now.module, new, {n: now.layers[n] for n in names}), strict=True)  # fmt: skip
+        for (_, x0), (readers, x) in pairs:
+            if ones:
+                x0, x = (torch.cat([t, t.new_ones(len(t), 1)], dim=1) for t in (x0, x))
+            zero = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+            part = parts.setdefault(readers, Moments(zero, zero.clone(), 0))
+            part.gram += gram(x).double()
+            part.cross += (x0.T @ x).double()
+            part.rows += len(x)
+    _check_finite({name: part.cross + part.gram for readers, part in parts.items() for name in readers})
+    read = {name: [part for readers, part in parts.items() if name in readers] for name in names}
+    return {name: _joined(mine) for name, mine in read.items() if mine}
+
+
+def _joined(parts: list[Moments]) -> Moments:
+    """One for all; a layer may read together with others in some calls and alone in others."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = (torch.stack([getattr(part, key) for part in parts]).sum(dim=0) for key in ("gram", "cross"))
+    return Moments(*sums, sum(part.rows for part in parts))
+
+
+def _check_finite(sums: dict[str, Tensor]) -> None:
+    bad = [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]
+    if bad:
+        raise InputRefused("DT303", "calibration samples must give finite activations (got NaN or infinity at "
+                           f"{bad[0]})", fix="check samples() for NaN, and the model for overflow")  # fmt: skip
+
+
 def walk_blocks(source: Source, layers: Iterable[str], samples: Sequence[Sample]) -> Iterator[Block]:
     """The blocks that hold the named layers, in the order in which they run.
 
@@ -94,7 +138,7 @@ def walk_blocks(source: Source, layers: Iterable[str], samples: Sequence[Sample]
     from the blocks before it, as they were left. Raises InputRefused when there are no samples, when one holds NaN or
     infinity, or when none of the layers' blocks runs on the first.
     """
-    _check(samples)
+    check_samples(samples)
     module = source.module
     wanted = _by_block(module, list(layers))
     runs = [partial(source.flat, *(sample[n] for n in source.signature.input_names)) for sample in samples]
@@ -181,7 +225,7 @@ def _per_layer(parts: dict[tuple[str, ...], Total], layers: Iterable[str]) -> di
     return totals
 
 
-def _check(samples: Sequence[Sample]) -> None:
+def check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
         raise InputRefused("DT303", "calibration needs at least one sample (got none)",
                            fix="let samples() of the model give some")  # fmt: skip

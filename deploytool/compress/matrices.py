@@ -6,7 +6,6 @@ neural networks for document processing", 2006).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -48,12 +47,6 @@ def set_matrix(layer: nn.Module, value: Tensor) -> None:
     old = layer.get_parameter("weight")
     new = value.to(old.dtype).reshape(old.shape).contiguous()
     layer.register_parameter("weight", nn.Parameter(new, requires_grad=False))
-
-
-def copy_sharing(module: nn.Module) -> nn.Module:
-    """A copy of the module's structure with the very same tensors: weights may be replaced in it, not written to."""
-    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
 
 
 def rows(layer: nn.Module, inputs: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from deploytool.load.flat import FlatModule
 from deploytool.load.input_grid import add_input_grid
 from deploytool.load.fourier import FourierMixing
 from deploytool.load.plain_attention import plain
+from deploytool.load.resize import resize, set_number
 from deploytool.source import Source
 
 Edit = Mapping[str, Any]
@@ -89,7 +90,9 @@ EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "fourier": lambda root, edit: replace_layer(
         root, edit["layer"], FourierMixing(edit["width"], edit["tokens"], edit["keyword"], edit["outputs"])
     ),
+    "number": lambda root, edit: set_number(root, edit["layer"], edit["attribute"], edit["value"]),
     "plain_attention": lambda root, edit: replace_layer(root, edit["layer"], plain(root.get_submodule(edit["layer"]))),
+    "resize": lambda root, edit: resize(root, edit["layer"], edit["inputs"], edit["outputs"]),
 }
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from deploytool.compress.blocks import Total, walk_blocks
-from deploytool.compress.matrices import Measure, copy_sharing, matrix, matrix_layers, set_matrix
+from deploytool.compress.blocks import Block, paired_moments, walk_blocks
+from deploytool.compress.matrices import Measure, matrix, matrix_layers, set_matrix
 from deploytool.compress.prune.pattern import check_widths, not_chosen, zeros_report
 from deploytool.compress.prune.tables import SparseGpt, Wanda
 from deploytool.compress.select import select
 from deploytool.compress.step import Context
-from deploytool.load.surgery import with_module
+from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
 
 
@@ -27,39 +27,68 @@ class Pruned:
     told: dict[str, Any] = field(default_factory=dict)
 
 
-# (weight [out, in], total of the measure over the layer's rows, mask of earlier steps [out, in] or None)
-PruneLayer = Callable[[Tensor, Total, Tensor | None], Pruned]
+@dataclass(frozen=True)
+class Layer:
+    """What a layer's pruning is decided from.
+
+    weight    [out, in]
+    total     the measure's sum over the rows that it reads, float64; the same object for layers that read one tensor
+    before    mask of earlier steps [out, in], or None
+    original  the weight [out, in] before this step, and C = X0^T X with the rows X0 of then; None without repair
+    """
+
+    weight: Tensor
+    total: Tensor
+    before: Tensor | None
+    original: tuple[Tensor, Tensor] | None = None
+
+
+PruneLayer = Callable[[Layer], Pruned]
 
 
 def prune_by_block(
     source: Source, settings: Wanda | SparseGpt, context: Context, measure: Measure, prune: PruneLayer
 ) -> tuple[Source, dict[str, Any]]:
     """Prune the chosen layers of a copy that shares the other tensors; the masks travel with the source."""
-    pruned = with_module(source, copy_sharing(source.module))
-    masks, report = prune_in_place(pruned, settings, context, measure, prune)
-    return with_module(pruned, pruned.module, masks=masks), report
-
-
-def prune_in_place(
-    source: Source, settings: Wanda | SparseGpt, context: Context, measure: Measure, prune: PruneLayer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Give the source's own module pruned weights; all masks by parameter name, and the report."""
-    candidates, skipped = matrix_layers(source.module)
+    pruned = with_module(source, shell(source.module))
+    candidates, skipped = matrix_layers(pruned.module)
     chosen = select(candidates, settings.include, settings.exclude)
     check_widths({n: matrix(layer).shape[1] for n, layer in candidates.items() if n in chosen}, settings.kept_of)
     skipped += not_chosen(candidates, chosen)
+    names, samples = [n for n in candidates if n in chosen], context.samples(source)
     masks, layers = dict(source.masks), []
-    for block in walk_blocks(source, [n for n in candidates if n in chosen], context.samples(source)):
-        totals = block.accumulate(measure)
-        skipped += [{"layer": n, "reason": "it did not run on the samples"} for n in block.layers if n not in totals]
-        for name, total in totals.items():
-            layer, key = block.layers[name], f"{name}.weight".lstrip(".")
-            weight = matrix(layer)
-            before = masks[key].view(weight.shape) if key in masks else None
-            done = prune(weight, total, before)
+    for block, reference in _walk(pruned, source, names, samples, repair=getattr(settings, "repair", False)):
+        found = _look(block, reference, measure)
+        skipped += [{"layer": n, "reason": "it did not run on the samples"} for n in block.layers if n not in found]
+        for name, layer in found.items():
+            module, key = block.layers[name], f"{name}.weight".lstrip(".")
+            before = masks[key].view(layer.weight.shape) if key in masks else None
+            done = prune(replace(layer, before=before))
             mask = done.mask if before is None else done.mask & before
-            set_matrix(layer, done.weight.masked_fill(~mask, 0.0))
-            masks[key] = mask.view(layer.get_parameter("weight").shape)
-            layers.append({**zeros_report(key, matrix(layer)), **done.told})
+            set_matrix(module, done.weight.masked_fill(~mask, 0.0))
+            masks[key] = mask.view(module.get_parameter("weight").shape)
+            layers.append({**zeros_report(key, matrix(module)), **done.told})
         context.progress(f"{settings.step}: {block.name or 'the model'}")
-    return masks, {"layers": layers, "skipped": skipped}
+    return with_module(pruned, pruned.module, masks=masks), {"layers": layers, "skipped": skipped}
+
+
+def _walk(
+    pruned: Source, source: Source, names: list[str], samples: list[dict[str, Tensor]], *, repair: bool
+) -> Iterator[tuple[Block, Block | None]]:
+    """The blocks, and beside each the same block of the model as it was, where the repair is to look at it."""
+    blocks = walk_blocks(pruned, names, samples)
+    if not repair:
+        yield from ((block, None) for block in blocks)
+        return
+    original = with_module(source, shell(source.module))
+    yield from zip(blocks, walk_blocks(original, names, samples), strict=True)
+
+
+def _look(block: Block, reference: Block | None, measure: Measure) -> dict[str, Layer]:
+    """What each layer of the block is pruned by; layers that did not run are left out."""
+    weights = {name: matrix(layer) for name, layer in block.layers.items()}
+    if reference is None:
+        return {n: Layer(weights[n], t.sum, None) for n, t in block.accumulate(measure).items()}
+    pairs = paired_moments(reference, block, block.layers)
+    old = {name: matrix(layer) for name, layer in reference.layers.items()}
+    return {n: Layer(weights[n], m.gram, None, (old[n], m.cross)) for n, m in pairs.items()}

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deploytool.compress.blocks import Total
 from deploytool.compress.matrices import gram
-from deploytool.compress.prune.by_block import Pruned, prune_by_block
+from deploytool.compress.prune.by_block import Layer, Pruned, prune_by_block
 from deploytool.compress.prune.pattern import keep_but_smallest, keep_of_groups
+from deploytool.compress.prune.repair import fit_kept
 from deploytool.compress.prune.tables import SparseGpt
 from deploytool.compress.step import Context
 from deploytool.errors import BackendFailed
@@ -91,22 +91,32 @@ def sparsify(
 
 def apply(source: Source, settings: SparseGpt, context: Context) -> tuple[Source, dict[str, Any]]:
     """Prune the chosen layers, block by block; layers that read the same tensor share one inverse."""
-    return prune_by_block(source, settings, context, gram, pruner(settings))
+    held: list[Any] = [None, None]  # the total that the root was made of; layers that share it follow one another
+
+    def prune(layer: Layer) -> Pruned:
+        if held[0] is not layer.total:
+            held[:] = [layer.total, inverse_root(layer.total, settings.damping)]
+        root, damping = held[1]
+        target, wanted, moments = layer.weight, None, layer.total
+        if layer.original is not None:
+            moments, wanted = _wanted(layer.original, layer.total, damping)
+            target = (wanted @ (root.T @ root)).to(layer.weight.dtype)
+        new, mask = sparsify(target, root, settings.share, settings.kept_of, block=settings.block, before=layer.before)
+        if wanted is not None:
+            new = fit_kept(new, mask, moments, wanted)
+        return Pruned(new, mask, {"damping": damping, "error": relative_error(target, new, layer.total)})
+
+    return prune_by_block(source, settings, context, gram, prune)
 
 
-def pruner(settings: SparseGpt) -> Any:
-    """What `by_block` calls for every layer."""
-    last: list[Any] = [None, None]  # the total that the root was made of: layers that share it follow one another
-
-    def prune(weight: Tensor, total: Total, before: Tensor | None) -> Pruned:
-        if last[0] is not total:
-            last[:] = [total, inverse_root(total.sum, settings.damping)]
-        root, damping = last[1]
-        new, mask = sparsify(weight, root, settings.share, settings.kept_of, block=settings.block, before=before)
-        error = relative_error(weight, new, total.sum)
-        return Pruned(new, mask, {"damping": damping, "error": error})
-
-    return prune
+def _wanted(original: tuple[Tensor, Tensor], total: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """G + l I, and B = W (C + l I) of the weight W before: the repair makes W' (G + l I) as near to B as it can."""
+    weight, cross = original
+    ridge = damping * float(total.diagonal().mean()) or 1.0
+    damped, wanted = total.clone(), cross.clone()
+    for matrix in (damped, wanted):
+        matrix.diagonal().add_(ridge)
+    return damped, weight.double() @ wanted
 
 
 def relative_error(weight: Tensor, new: Tensor, moments: Tensor) -> float:

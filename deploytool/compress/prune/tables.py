@@ -89,6 +89,8 @@ class SparseGpt(Zeros, StepTable):
     sparsity           share of zeros of every layer, 0 to 1
     pattern            "N:M" keeps N of every M neighbours in a row
     block              columns among which the share of zeros is exact, and which are updated together
+    repair             work towards what the uncompressed model gives, not only towards the layer's own outputs, and
+                       fit the weights that are kept once more by least squares
     damping            added to the diagonal of the inputs' second moments, as a share of its mean; ten times as much
                        each time that it proves too little
     include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer and convolution
@@ -97,4 +99,31 @@ class SparseGpt(Zeros, StepTable):
     code: ClassVar[str] = "deploytool.compress.prune.sparsegpt"
     step: Literal["sparsegpt"]
     block: int = Field(default=128, ge=1)
+    repair: bool = False
     damping: float = Field(default=0.01, gt=0, le=1)
+
+
+class Structured(StepTable):
+    """Take whole units out: attention heads, neurons, convolution channels. Layers really get smaller.
+
+    remove             share of the units, 0 to 1: of every group of layers, or of all weights with scope "global"
+    scope              "layer": the same share everywhere; "global": units go where they matter least, until that share
+                       of the weights that can be removed is gone
+    units              which kinds: "heads", "neurons", "channels"; left out: all
+    importance         "reconstruction": the least loss once the rest has made good for it; "activation": the strength
+                       of what a unit adds; "magnitude": of its weights; "taylor": of its first-order effect on the loss
+    reconstruct        fit the layer that reads the units to the uncompressed model's outputs, in closed form
+    damping            weight of staying as it was, as a share of the mean square of the inputs
+    include, exclude   names of the layers that make the units, `*` and `?` allowed; nothing included means all
+    """
+
+    code: ClassVar[str] = "deploytool.compress.prune.structured"
+    step: Literal["structured"]
+    remove: float = Field(gt=0, lt=1)
+    scope: Literal["layer", "global"] = "layer"
+    units: tuple[Literal["heads", "neurons", "channels"], ...] = Field(default=(), strict=False)
+    importance: Literal["reconstruction", "activation", "magnitude", "taylor"] = "reconstruction"
+    reconstruct: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deploytool.compress.blocks import Total
 from deploytool.compress.matrices import squares
-from deploytool.compress.prune.by_block import Pruned, prune_by_block
+from deploytool.compress.prune.by_block import Layer, Pruned, prune_by_block
 from deploytool.compress.prune.pattern import keep_in_rows, keep_of_groups
 from deploytool.compress.prune.tables import Wanda
 from deploytool.compress.step import Context
@@ -34,7 +33,7 @@ def keep_mask(weight: Tensor, square_sums: Tensor, share: float, kept_of: tuple[
 def apply(source: Source, settings: Wanda, context: Context) -> tuple[Source, dict[str, Any]]:
     """Prune the chosen layers, block by block."""
 
-    def prune(weight: Tensor, total: Total, before: Tensor | None) -> Pruned:
-        return Pruned(weight, keep_mask(weight, total.sum, settings.share, settings.kept_of))
+    def prune(layer: Layer) -> Pruned:
+        return Pruned(layer.weight, keep_mask(layer.weight, layer.total, settings.share, settings.kept_of))
 
     return prune_by_block(source, settings, context, squares, prune)

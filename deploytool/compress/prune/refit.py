@@ -1,0 +1,107 @@
+"""Closed forms behind structured removal: which columns of a matrix matter least, and the best of what remains.
+
+    W' = (W C[:, K] + l W[:, K]) (G[K, K] + l I)^-1    minimizes ||W X0^T - W' X[:, K]^T||^2 + l ||W' - W[:, K]||^2
+
+with G = X^T X of the inputs now, C = X0^T X against the inputs X0 of the uncompressed model, and l a share of G's mean
+diagonal. Columns c are removed at the loss  tr(W_c (H_cc)^-1 W_c^T)  with H = (G + l I)^-1, after which W and H are
+those of the regression without them.
+
+Sources: Hassibi and Stork, "Second order derivatives for network pruning: optimal brain surgeon", NIPS 1992; for whole
+structures Kurtic, Frantar, Alistarh, "ZipLM: inference-aware structured pruning of language models", NeurIPS 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deploytool.errors import BackendFailed
+
+_ROUNDS = 64  # scores are taken anew so often on the way from all units to none
+
+
+@dataclass
+class Reading:
+    """A layer that reads the units: weight [out, in], gram and cross [in, in] float64; columns: those of each unit."""
+
+    weight: Tensor
+    gram: Tensor
+    cross: Tensor
+    columns: list[Tensor]
+
+
+def best_weight(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """The weight [out, kept] that serves best on the kept columns, float64; see the formula above."""
+    weight, ridge = weight.double(), damping * float(gram.diagonal().mean()) or 1.0
+    wanted = weight @ cross[:, kept] + ridge * weight[:, kept]
+    best: Tensor = torch.cholesky_solve(wanted.T, _lower(gram[kept][:, kept], ridge)).T
+    return best
+
+
+def removal_order(readings: Sequence[Reading], damping: float, most: int) -> tuple[list[int], list[float]]:
+    """The first `most` units to remove, least loss first, and the loss when each goes, as a share of the output.
+
+    Each removal counts on the remaining columns making good for it; losses of several readers are added.
+    """
+    states = [_start(reading, damping) for reading in readings]
+    left = list(range(len(readings[0].columns)))
+    step = max(1, len(left) // _ROUNDS)
+    order: list[int] = []
+    losses: list[float] = []
+    while len(order) < most:
+        scores = torch.stack([_scores(w, h, [r.columns[u] for u in left]) / energy
+                              for (w, h, energy), r in zip(states, readings, strict=True)]).sum(dim=0)  # fmt: skip
+        gone = scores.argsort(stable=True)[: min(step, most - len(order))].tolist()
+        for (w, h, _), reading in zip(states, readings, strict=True):
+            _remove(w, h, torch.cat([reading.columns[left[i]] for i in gone]))
+        order += [left[i] for i in gone]
+        losses += [float(scores[i]) for i in gone]
+        left = [unit for i, unit in enumerate(left) if i not in set(gone)]
+    return order, losses
+
+
+def _start(reading: Reading, damping: float) -> tuple[Tensor, Tensor, float]:
+    """W and H of all columns, float32, and the energy of the layer's outputs."""
+    everything = torch.arange(reading.gram.shape[0])
+    weight = best_weight(reading.weight, reading.gram, reading.cross, everything, damping)
+    ridge = damping * float(reading.gram.diagonal().mean()) or 1.0
+    inverse = torch.cholesky_inverse(_lower(reading.gram, ridge))
+    energy = float(((weight @ reading.gram) * weight).sum()) or 1.0
+    return weight.float(), inverse.float(), energy
+
+
+def _scores(weight: Tensor, inverse: Tensor, units: list[Tensor]) -> Tensor:
+    """tr(W_c (H_cc)^-1 W_c^T) of every unit."""
+    if all(len(columns) == 1 for columns in units):
+        picked = torch.cat(units)
+        return weight[:, picked].square().sum(dim=0) / inverse.diagonal()[picked]
+    return torch.stack([_loss(weight[:, c], inverse[c][:, c]) for c in units])
+
+
+def _loss(part: Tensor, block: Tensor) -> Tensor:
+    lost: Tensor = (torch.linalg.solve(block.double(), part.T.double()) * part.T).sum().float()
+    return lost
+
+
+def _remove(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
+    """Take columns out of the regression, in place."""
+    shares = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+    weight -= weight[:, columns] @ shares
+    inverse -= inverse[:, columns] @ shares
+    weight[:, columns] = 0
+    inverse[columns] = 0
+    inverse[:, columns] = 0
+
+
+def _lower(gram: Tensor, ridge: float) -> Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(ridge)
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        raise BackendFailed("DT504", "the inputs' second moments must be positive definite (they are not)",
+                            fix="raise damping, or calibrate with other samples")  # fmt: skip
+    return lower
