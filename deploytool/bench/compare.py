@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deploytool.artifact import Artifact
 from deploytool.bench import environment as surroundings
@@ -83,6 +83,25 @@ def compare(
     outgrows its memory, and whatever opening or running the artifact raises.
     """
     session = _Session(candidate, case, limits, budget_seconds, report or (lambda _: None), opener)
+    return judged(session, references, seed)
+
+
+class Session(Protocol):
+    """Something that measures in fresh processes each time it is asked, and says what goes on."""
+
+    def measure(
+        self, references: Mapping[str, Any], seed: int
+    ) -> tuple[list[Block], dict[str, dict[str, Any]], dict[str, Any]]:
+        """Blocks, what each process cost (the candidate under ""), and the environment."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Progress."""
+        ...
+
+
+def judged(session: Session, references: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Measure, and measure small claims again in fresh processes: see `compare`."""
     blocks, costs, environment = session.measure(references, seed)
     first = summarize(blocks, costs, seed=seed)
     close = {name: references[name] for name, figures in first["against"].items() if _close(figures)}
@@ -106,7 +125,10 @@ class _Session:
     ):  # fmt: skip
         self._candidate, self._case, self._limits, self._budget = candidate, case, limits, budget_seconds
         self._opener = opener
-        self.say = say
+        self._say = say
+
+    def say(self, line: str) -> None:
+        self._say(line)
 
     def measure(
         self, references: Mapping[str, Artifact], seed: int
