@@ -77,8 +77,8 @@ def next_tokens(source: Source, batch: Batch) -> tuple[Tensor, int]:
         return batch[_LABELS], batch[_LABELS].shape[1]
     tokens = [batch[n] for n in source.signature.input_names if batch[n].ndim == 2 and not batch[n].is_floating_point()]
     if not tokens:
-        raise InputRefused("DT303", "token-scaled distillation needs token ids [batch, tokens], or a \"target\" of that shape, in "
-                           "the batches (got none)")  # fmt: skip
+        raise InputRefused("DT303", "token-scaled distillation needs token ids [batch, tokens], or a target of that "
+                           "shape, in the batches (got none)")  # fmt: skip
     ids, mask = tokens[0], batch.get("attention_mask")
     labels = ids[:, 1:]
     return labels if mask is None else labels.masked_fill(mask[:, 1:] == 0, IGNORED), labels.shape[1]

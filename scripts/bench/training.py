@@ -1,0 +1,187 @@
+"""What training wins and costs, as JSON, one part at a time.
+
+python scripts/bench/training.py tsld       2-bit language model: token-scaled against logit distillation
+python scripts/bench/training.py qat        8 bits trained and rounded, against fp32: digits and mnistcnn
+python scripts/bench/training.py half       half the blocks of digits: metric kept, and speed
+python scripts/bench/training.py killed     SIGKILL at 20 random moments, then the weights of a quiet run?
+python scripts/bench/training.py memory     resident memory over 10,000 steps, and what gradient checkpointing saves
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from deploytool.compress.recipe import parse_recipe
+from deploytool.compress.run import compress
+from deploytool.load.model import open_source
+from deploytool.load.resolve import resolve
+from deploytool.source import Source
+from deploytool.train.checkpoint import Saving, sha256
+from deploytool.train.loop import fit
+from deploytool.train.schedule import Schedule
+
+HERE = Path(__file__).parent
+LM = HERE / "training_lm.py"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(model: str, recipe: str, seed: int = 0) -> tuple[Source, dict[str, Any]]:
+    return compress(open_source(resolve(model)), parse_recipe(tomllib.loads(recipe), recipe, where="bench"), seed=seed,
+                    progress=say)  # fmt: skip
+
+
+def step(**settings: Any) -> str:
+    return "[[compress]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+
+
+def tsld(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of three seeds each, from one fp32 model trained here, at equal steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "lm.pt"
+        os.environ["TRAINING_LM_WEIGHTS"] = str(weights)
+        trained, report = run(str(LM), step(step="finetune", epochs=4, learning_rate=0.003, warmup_steps=50))
+        torch.save(trained.module.state_dict(), weights)
+        grid = {"step": "qat", "bits": 2, "group": "channel", "symmetric": False, "activations": "none",
+                "exclude": ["head"], "epochs": 9, "steps": arguments.steps, "learning_rate": 0.001}  # fmt: skip
+        losses: dict[str, dict[str, Any]] = {
+            "logit": {"towards": "original", "match": "kl", "temperature": 1.0},
+            "logit+labels": {"towards": "both", "match": "kl", "temperature": 1.0},
+            "tsld": {"towards": "both", "match": "tsld", "token_temperature": 10.0},
+        }
+        found: dict[str, list[float]] = {name: [] for name in losses}
+        for seed in range(3):
+            for name, settings in losses.items():
+                _, done = run(str(LM), step(**grid, **settings), seed)
+                found[name].append(done["after"]["metrics"]["perplexity"])
+                say(f"{name} seed {seed}: {found[name][-1]:.4f}")
+        _, rounded = run(str(LM), step(step="rtn", bits=2, group="channel", search=True, exclude=["head"]))
+    return {"fp32": report["after"]["metrics"]["perplexity"], "rounded": rounded["after"]["metrics"]["perplexity"],
+            "steps": arguments.steps, **found}  # fmt: skip
+
+
+def qat(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of fp32, of 8 bits in weights and inputs after training, and of the same without (steps = 0 passes)."""
+    results = {}
+    for model, epochs in (("digits", 3), ("mnistcnn", 1)):
+        _, report = run(model, step(step="qat", epochs=epochs, learning_rate=0.0003))
+        results[model] = {"fp32": report["before"]["metrics"], "qat": report["after"]["metrics"],
+                          "seconds": report["steps"][0]["seconds"]}  # fmt: skip
+    return results
+
+
+def half(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy and the time of one image and of 32, the two models taking turns."""
+    text = (HERE.parents[1] / "models" / "recipes" / "digits-half.toml").read_text()
+    student, report = run("digits", text)
+    models = {"whole": open_source(resolve("digits")).module, "half": student.module}
+    times: dict[str, dict[int, float]] = {name: {} for name in models}
+    with torch.inference_mode():
+        for rows in (1, 32):
+            image = torch.rand(rows, 1, 8, 8)
+            best = dict.fromkeys(models, float("inf"))
+            for _ in range(200):
+                for name, module in models.items():
+                    started = time.perf_counter()
+                    module(image=image)
+                    best[name] = min(best[name], time.perf_counter() - started)
+            for name in models:
+                times[name][rows] = best[name] * 1e3
+    return {"before": report["before"]["metrics"], "after": report["after"]["metrics"], "milliseconds": times,
+            "speedup": {rows: times["whole"][rows] / times["half"][rows] for rows in (1, 32)}}  # fmt: skip
+
+
+def _digits(folder: Path | None, steps: int, pause: float = 0.0) -> str:
+    """Train the digits model for some steps and give the hash of its weights."""
+    source = open_source(resolve("digits"))
+    assert source.train_batches is not None and source.loss is not None
+    own, batches = source.loss, source.train_batches
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        time.sleep(pause)
+        return own(source.module(image=batch["image"]), batch)
+
+    fit(source.module, lambda epoch: batches(epoch=epoch), loss, Schedule(9, 1e-3, steps=steps),  # type: ignore[call-arg, arg-type]
+        saving=None if folder is None else Saving(folder, 2))  # fmt: skip
+    return sha256(source.module.state_dict())
+
+
+def killed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each time the process is killed a random moment after its first checkpoint of this life."""
+    moments, kills = random.Random(0), 0
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = _digits(None, 80)
+        while True:
+            child = subprocess.Popen([sys.executable, __file__, "child", folder], stdout=subprocess.PIPE, text=True)
+            assert child.stdout is not None and child.stdout.readline() == "ready\n"
+            if kills < 20:
+                time.sleep(moments.uniform(0.0, 0.4))
+                child.send_signal(signal.SIGKILL)
+            said = child.communicate()[0].split()
+            if child.returncode == 0:
+                return {"kills": kills, "same": said == [quiet], "sha256": quiet}
+            kills += 1
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Resident bytes after every 2,000 of 10,000 steps; bytes kept for the backward pass with and without."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    resident: list[int] = []
+
+    def watch(number: int, total: int) -> None:
+        if number % 2000 == 1999:
+            resident.append(psutil.Process().memory_info().rss)
+
+    fit(model, lambda epoch: [{"x": torch.randn(8, 32)} for _ in range(100)],
+        lambda batch: model(batch["x"]).square().mean(), Schedule(100, 1e-4), before_step=watch)  # fmt: skip
+    kept = {}
+    for on in (False, True):
+        source = open_source(resolve("digits"))
+        sizes: dict[int, int] = {}
+
+        def loss(batch: Any, source: Source = source, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes.clear()
+            keep = lambda t, sizes=sizes: sizes.setdefault(t.data_ptr(), t.numel() * t.element_size()) and t  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                return source.module(image=batch["image"])["logits"].square().mean()
+
+        fit(source.module, lambda epoch: [{"image": torch.randn(256, 1, 8, 8)}], loss,
+            Schedule(1, 1e-5, gradient_checkpointing=on))  # fmt: skip
+        kept["checkpointed" if on else "plain"] = sum(sizes.values())
+    return {"resident_bytes": resident, "kept_for_backward_bytes": kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"tsld": tsld, "qat": qat, "half": half, "killed": killed, "memory": memory}
+    parser.add_argument("part", choices=[*parts, "child"])
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if arguments.part == "child":
+        print("ready", flush=True)
+        print(_digits(arguments.folder, 80, 0.01), flush=True)
+        return
+    print(json.dumps({arguments.part: parts[arguments.part](arguments)}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
