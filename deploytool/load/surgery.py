@@ -15,6 +15,7 @@ from torch import nn
 
 from deploytool.errors import InputRefused, nearest
 from deploytool.load.attention_routing import Pattern, reroute
+from deploytool.load.factors import embedding_pair, tucker_layers
 from deploytool.load.flat import FlatModule
 from deploytool.load.input_grid import add_input_grid
 from deploytool.load.fourier import FourierMixing
@@ -87,6 +88,12 @@ EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "keep_items": lambda root, edit: keep_items(root, edit["layer"], edit["items"]),
     "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
     "attention_pattern": lambda root, edit: reroute(root, edit["layer"], Pattern(**edit["pattern"])),
+    "conv_tucker": lambda root, edit: replace_layer(
+        root, edit["layer"], tucker_layers(root.get_submodule(edit["layer"]), edit["inputs"], edit["outputs"])
+    ),
+    "embedding_pair": lambda root, edit: replace_layer(
+        root, edit["layer"], embedding_pair(root.get_submodule(edit["layer"]), edit["rank"])
+    ),
     "fourier": lambda root, edit: replace_layer(
         root, edit["layer"], FourierMixing(edit["width"], edit["tokens"], edit["keyword"], edit["outputs"])
     ),
