@@ -40,7 +40,7 @@ def bisect_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str
     opened, folder = Artifact.load(Path(artifact), check=False), Path(prepared)
     reference, candidate = open_cuts(opened, folder, ref)
     path, error = worst_case(opened, folder / "cases")
-    search = Search(reference, candidate, Case.load(path).inputs, opened.precision == "fp16", error < math.inf)
+    search = Search(reference, candidate, Case.load(path).inputs, opened.precision, error < math.inf)
     found = search.find()
     return {"case": int(path.stem), "output_error": _finite(error), **found, "replays": search.replays,
             "seconds": time.perf_counter() - started}  # fmt: skip
@@ -73,7 +73,7 @@ class Search:
     reference: CutGraph
     candidate: CutGraph
     inputs: Feeds
-    half: bool
+    precision: str
     runs: bool = True
     replays: int = 0
     values: Outputs = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Search:
         region = tuple(cone(self._made, name, self._stops))
         there = tuple(cone(self._makes, name, self._stops))
         expected, failure = self.values[name], self.failures.get(name, "")
-        bound, why = allowed(region, there, self._value, expected, self.half)
+        bound, why = allowed(region, there, self._value, expected, self.precision)
         error = 0.0 if failure and self.runs else distance(expected, got)
         return Suspect(name, region, there, expected, got, error, bound, why, failure)
 

@@ -84,6 +84,14 @@ def _explanations(
     yield from _shapes(suspect)
     if suspect.got is not None and suspect.got.dtype.kind == "f" and suspect.got.shape == suspect.expected.shape:
         yield from _numbers(suspect, values)
+    if extra := _extra(suspect):
+        yield "other operators", f"the artifact computes it with {', '.join(extra)}"
+
+
+def _extra(suspect: Suspect) -> list[str]:
+    """Kinds of operators that only the candidate has, but for those that change types."""
+    known = {*(node.kind for node in suspect.region), "Cast", "Identity", "Convert"}
+    return list(dict.fromkeys(node.kind for node in suspect.candidates if node.kind not in known))
 
 
 def _pairs(suspect: Suspect) -> Iterator[tuple[CutNode, CutNode]]:
@@ -181,11 +189,8 @@ def _structure(suspect: Suspect) -> Iterator[tuple[str, str]]:
             yield "swapped inputs", f"it reads {', '.join(after)} in the place of {', '.join(before)}"
         elif before != after and not is_quantized(suspect.candidates) and len(suspect.candidates) == 1:
             yield "other input", f"it must read {', '.join(before)} (got {', '.join(after)})"
-    extra = [node.kind for node in suspect.candidates if node.kind not in {n.kind for n in suspect.region}]
-    if extra and not is_quantized(suspect.candidates) and not {"Cast", "Identity", "Convert"}.issuperset(extra):
-        if {"Clip", "Clamp"} & set(extra):
-            yield "saturation", "its values are cut off"
-        yield "other operators", f"the artifact computes it with {', '.join(dict.fromkeys(extra))}"
+    if {"Clip", "Clamp"} & set(_extra(suspect)):
+        yield "saturation", "its values are cut off"
 
 
 def _names(node: CutNode) -> list[str]:

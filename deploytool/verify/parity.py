@@ -8,6 +8,7 @@ from typing import Any
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import open_artifact
+from deploytool.backends.ran import what_ran
 from deploytool.cases import Case, case_files
 from deploytool.difference import Difference
 from deploytool.errors import InputRefused
@@ -20,7 +21,8 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
     """Run every case of the folder `cases` on an artifact and compare (in a worker).
 
     With `golden`, the timed case and the smallest others are written there with the artifact's own outputs. Returns
-    {"cases": n, "outputs": {name: figures}}; see Difference for the figures.
+    {"cases": n, "outputs": {name: figures}}; see Difference for the figures. With `golden` also "ran", of the timed
+    case; see what_ran.
     """
     opened = Artifact.load(Path(artifact), check=False)
     files = case_files(Path(cases))
@@ -39,7 +41,8 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
                 difference.add(index, case.reference.get(name), outputs.get(name))
             if golden and path in kept:
                 Case(case.inputs, case.reference, outputs).save(Path(golden) / path.name)
-    return {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}
+    figures = {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}
+    return {**figures, "ran": what_ran(opened, Case.load(files[0]).inputs)} if golden else figures
 
 
 def replay_job(artifact: str, cases: str, out: str) -> int:

@@ -60,21 +60,21 @@ def is_quantized(nodes: Sequence[CutNode]) -> bool:
 
 
 def allowed(
-    region: Sequence[CutNode], candidates: Sequence[CutNode], values: Value, result: np.ndarray, half: bool
+    region: Sequence[CutNode], candidates: Sequence[CutNode], values: Value, result: np.ndarray, precision: str
 ) -> tuple[float, str]:
     """The error that a region of the reference may have in the candidate's arithmetic, and where that comes from.
 
     `region` are the reference's nodes, `candidates` those that compute the same in the candidate, `result` the
-    reference's tensor.
+    reference's tensor, `precision` the artifact's: one that promises fp32 has no right to int8 inside.
     """
     size = root_mean_square(_plain(result)) or 1.0
-    if is_quantized(candidates):
+    if precision.startswith("int") and is_quantized(candidates):
         if any(node.kind.endswith(_RECURRENT) for node in region):
             return _RECURRENT_INT8, "what int8 may cost in a recurrent layer"
         noise = sum(_step_noise(node, values) for node in region) + _step(_plain(result)) / math.sqrt(12)
         return _STEP_HEADROOM * noise / size, f"{_STEP_HEADROOM:g} times the rounding of 7 and 8 bit steps here"
     unit, headroom, name = _UNITS["fp32"], _FLOAT_HEADROOM, "fp32"
-    if half:
+    if precision == "fp16":
         unit, headroom, name = _UNITS["fp16"], _HALF_HEADROOM, "fp16"
     condition = max((_condition(node, values, size) for node in region), default=1.0)
     bound = headroom * unit * min(max(condition, 1.0), _WORST_CONDITION)
