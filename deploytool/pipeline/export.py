@@ -25,6 +25,7 @@ from deploytool.errors import BackendFailed, DeployError, InputRefused, UsagePro
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.best import against_plain, no_better, plain_instead
 from deploytool.pipeline.kept import parity_of
+from deploytool.pipeline.needs import NOTHING_NEEDED, Needs, needs, refuse_impossible, weights_of
 from deploytool.pipeline.reference import Reference
 from deploytool.source import ModelRef
 from deploytool.storage import refuse_existing, settle, sha256_file, write_json
@@ -69,6 +70,7 @@ class Plan:
     model: ModelRef
     targets: tuple[Target, ...]
     unavailable: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name -> (reason, fix)
+    needs: Needs = NOTHING_NEEDED
 
     def to_json(self, options: Options) -> dict[str, Any]:
         return {
@@ -76,6 +78,7 @@ class Plan:
             "targets": [t.name for t in self.targets],
             "unavailable": {name: reason for name, (reason, _) in self.unavailable.items()},
             "output": str(options.out),
+            "needs_at_least_bytes": self.needs.to_json(),
             "bench_seconds": options.bench_seconds,
             "quality": options.quality,
             "seed": options.seed,
@@ -98,7 +101,9 @@ def make_plan(model: str, targets: Sequence[str], options: Options) -> Plan:
     _refuse_same_name(profiles)
     probes = {p.name: _probe(p, ref) for p in profiles}
     able = tuple(p for p in profiles if probes[p.name].available)
-    return Plan(ref, able, {n: (p.reason, p.fix) for n, p in probes.items() if not p.available})
+    needed = needs(weights_of(ref), able, any(find_backend(p.backend).accepts == "onnx" for p in able))
+    refuse_impossible(needed, options.out, options.limits)
+    return Plan(ref, able, {n: (p.reason, p.fix) for n, p in probes.items() if not p.available}, needed)
 
 
 def _probe(profile: Target, ref: ModelRef) -> Probe:
@@ -130,6 +135,9 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
             say(f"preparing {plan.model.name}")
             prepared, targets, failed = _prepare(plan, options, say)
             results += failed
+            graph = prepared.folder / "onnx"
+            size = sum(path.stat().st_size for path in graph.iterdir()) if graph.is_dir() else 0
+            refuse_impossible(needs(size, targets, False), options.out, options.limits)
             reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
             for target in targets:
                 result = _one(target, reference, options, say, results)
