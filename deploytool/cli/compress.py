@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def command(
     from deploytool.load.resolve import COMPRESSED, resolve
     from deploytool.storage import refuse_existing
 
-    say = options.say(quiet)
+    first = os.environ.get("RANK", "0") == "0"  # torchrun starts the command several times, and one of them speaks
+    say = options.say(quiet or not first)
     path = find_recipe(recipe)
     steps = load_recipe(path)
     ref = resolve(model or steps.model or options.model_or_default(None, say))
@@ -48,6 +50,8 @@ def command(
     report = worker.run(f"compressing {ref.name}", "deploytool.compress.run:compress_job", limits, say,
                         ref=asdict(ref), recipe_path=str(path.absolute()), out=str(output.absolute()), seed=seed,
                         evaluate=not no_quality, overwrite=overwrite)  # fmt: skip
+    if not first:
+        return
     if as_json:
         options.print_json(report)
     else:
