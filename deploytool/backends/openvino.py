@@ -33,16 +33,20 @@ class OpenVino:
         """Import the graph, quantize it for int8, and save it without shrinking fp32 weights to fp16."""
         options = tables.OpenVinoBuild(**request.target.build)
         precision = request.target.precision
-        if precision not in ("fp32", "int8"):
-            raise UsageProblem("DT202", f"precision must be fp32 or int8 for OpenVINO on CPUs (got {precision})")
+        if precision not in ("fp32", "int8", "int4"):
+            raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for OpenVINO on CPUs (got {precision})")
         path = portable_of(request).main_file
         try:
             model = ov.Core().read_model(path)
         except RuntimeError as error:
             raise InputRefused("DT310", f"OpenVINO must be able to import the graph (got: {error})"[:2000]) from error
         settings: dict[str, Any] = {}
-        if precision == "int8":
-            # NNCF imports torch and takes seconds: only building int8 needs it.
+        # NNCF imports torch and takes seconds: only builds that quantize need it.
+        if precision == "int4" or (precision == "int8" and options.weights_only):
+            from deploytool.backends.openvino_weights import compress_weights
+
+            model, settings = compress_weights(model, request, options)
+        elif precision == "int8":
             from deploytool.backends.openvino_int8 import quantize
 
             model, settings = quantize(model, request, options)
