@@ -52,6 +52,7 @@ class Source:
     loss           loss(outputs, batch) -> scalar tensor; outputs are the named outputs
     prompts        token ids for the greedy-decoding check of language models
     assets         files that belong to the model and ship with it (tokenizer)
+    made_assets    gives such files that are not on disk, by name: their text
     dependencies   files and folders that the model was read from, for the cache key
     synthetic      True when the samples are made up, since the model came with no data; reports say so
     original       the uncompressed model that a compressed one is verified against; None when this is one itself
@@ -71,6 +72,7 @@ class Source:
     loss: Callable[[dict[str, Tensor], Batch], Tensor] | None = None
     prompts: Callable[[], list[list[int]]] | None = None
     assets: tuple[Path, ...] = ()
+    made_assets: Callable[[], Mapping[str, str]] | None = None
     dependencies: tuple[Path, ...] = ()
     synthetic: bool = False
     original: ModelRef | None = None

@@ -61,6 +61,12 @@ def _tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(_folder(), gguf_file=GGUF).backend_tokenizer
 
 
+def assets() -> dict[str, str]:
+    """The tokenizer, for those who run the artifact: the tokenizers library reads it."""
+    text: str = _tokenizer().to_str()
+    return {"tokenizer.json": text}
+
+
 def _tokenize(text: str) -> list[int]:
     """Token ids of a text, without special tokens."""
     return list(_tokenizer().encode(text, add_special_tokens=False).ids)

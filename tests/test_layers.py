@@ -13,7 +13,7 @@ LAYERS = (
     {"errors"},
     {"shipped", "storage", "processes", "signature", "settings", "results", "encoding"},
     {"artifact", "cases", "difference", "target", "source", "runner"},
-    {"worker"},
+    {"worker", "decoding"},
     {"load"},
     {"lower"},
     {"cache", "backends"},

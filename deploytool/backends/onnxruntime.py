@@ -12,10 +12,12 @@ import numpy as np
 import onnxruntime as ort
 
 from deploytool.artifact import MANIFEST, Artifact
-from deploytool.backends import tables
+from deploytool.backends import ort_generate, tables
 from deploytool.backends.base import Built, Request, portable_of
 from deploytool.backends.engine import EngineRunner, threads_of
+from deploytool.backends.ort_generate import SharedCache
 from deploytool.backends.ort_rows import run_rows
+from deploytool.decoding import PAST, PRESENT, decodes
 from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
@@ -54,6 +56,8 @@ class OnnxRuntime:
             case other, _:
                 raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for ONNX Runtime on CPUs "
                                             f"(got {other})")  # fmt: skip
+        if decodes(request.signature) and (request.out / "tokenizer.json").is_file():
+            shutil.copyfile(ort_generate.__file__, request.out / "generate.py")
         return Built("onnx", ENTRY, request.target.precision, settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
@@ -85,6 +89,15 @@ class SessionRunner(EngineRunner):
             raise BackendFailed("DT504", f"ONNX Runtime must run the graph (got: {error})"[:2000],
                                 detail=[f"{n}: {list(a.shape)}" for n, a in feeds.items()]) from error  # fmt: skip
 
+    def decoder(self, capacity: int) -> SharedCache | None:
+        """Decodes one sequence of up to `capacity` tokens without copies of the cache; None for other models."""
+        names = {value.name: value.type for value in self.session.get_inputs()}
+        past = [name for name in names if name.startswith(PAST)]
+        given = {PRESENT + name.removeprefix(PAST) for name in past} <= set(self.signature.output_names)
+        if not decodes(self.signature) or not given or any(names[name] != "tensor(float)" for name in past):
+            return None
+        return SharedCache(self.session, capacity, self._single_rows)
+
     def _run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         outputs: list[np.ndarray] = self.session.run(list(self.signature.output_names), feeds)
         return outputs
@@ -92,7 +105,7 @@ class SessionRunner(EngineRunner):
 
 def _plain(portable: Artifact, out: Path, options: tables.OnnxRuntimeBuild) -> dict[str, object]:
     """The fused graph of a language model, else a copy."""
-    if options.fuse and any(name.startswith("past_key_values.") for name in portable.signature.input_names):
+    if options.fuse and decodes(portable.signature):
         from deploytool.backends.ort_graph import write_plain
 
         fused = write_plain(portable, out)

@@ -78,6 +78,14 @@ def measure_decoding(
     return summarize_decoding(times, prompt, new)
 
 
+def told(figures: Mapping[str, Any]) -> str:
+    """The figures of `measure_decoding` as a sentence."""
+    parts = [f"{name} {found['decode_speedup']:.2f}x and {found['prefill_speedup']:.2f}x"
+             for name, found in figures["against"].items()]  # fmt: skip
+    return (f"decodes {figures['decode_tokens_per_s']:.1f} tokens/s after a prompt of {figures['prompt_tokens']}, read "
+            f"at {figures['prefill_tokens_per_s']:.0f}; that is, against " + ", ".join(parts))  # fmt: skip
+
+
 def summarize_decoding(times: Mapping[str, list[dict[str, float]]], prompt: int, new: int) -> dict[str, Any]:
     """The result of the rounds' seconds; the first artifact is compared with the others."""
     (first, own), *others = times.items()

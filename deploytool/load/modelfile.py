@@ -1,4 +1,4 @@
-"""A Python model file: build(), samples(), and optionally INPUTS, evaluate, train_batches, loss, prompts, FILES."""
+"""A Python model file: build(), samples(), and optionally the other HOOKS."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from deploytool.load.infer import infer_signature, refuse_non_finite
 from deploytool.load.track import tracking
 from deploytool.source import ModelRef, Source
 
-HOOKS = ("build", "samples", "INPUTS", "evaluate", "LOWER_IS_BETTER", "train_batches", "loss", "prompts", "FILES")
+HOOKS = ("build", "samples", "INPUTS", "evaluate", "LOWER_IS_BETTER", "train_batches", "loss", "prompts", "FILES",
+         "assets")  # fmt: skip
 _KINDS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (("evaluate", "train_batches", "loss", "prompts"), Callable, "a function"),
+    (("evaluate", "train_batches", "loss", "prompts", "assets"), Callable, "a function"),
     (("LOWER_IS_BETTER", "FILES"), (list, tuple, set, frozenset), "a list or tuple"),
     (("INPUTS",), Mapping, "a dict of shapes"),
 )
@@ -114,6 +115,7 @@ def open_model_file(ref: ModelRef) -> Source:
         train_batches=file.hook("train_batches"),
         loss=file.hook("loss"),
         prompts=file.hook("prompts"),
+        made_assets=file.hook("assets"),
         dependencies=tuple(sorted({Path(ref.path), *opened, *listed})),
     )
 

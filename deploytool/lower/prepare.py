@@ -29,6 +29,7 @@ from deploytool.artifact import Artifact
 from deploytool.cases import Case
 from deploytool.encoding import ENCODINGS
 from deploytool.errors import InputRefused
+from deploytool.load.digest import weights_digest
 from deploytool.load.infer import refused_size
 from deploytool.load.model import open_source
 from deploytool.load.track import tracking
@@ -55,17 +56,21 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     loaded = time.perf_counter()
     feeds = parity_feeds(source.signature, map(_arrays, source.samples()))
     _record_cases(source, feeds, folder / "cases")
+    weights = {source.ref.path: weights_digest(source.module)}
     if source.original is not None:
-        _record_cases(_open_original(source, source.original), feeds, folder / "original")
+        original = _open_original(source, source.original)
+        weights[original.ref.path] = weights_digest(original.module)
+        _record_cases(original, feeds, folder / "original")
     with tracking() as opened:  # train_batches() may read files of its own
         _record_calibration(source, folder / "calibration")
     recorded = time.perf_counter()
     portable = _portable(source, folder / "onnx", exporter) if exporter else None
     unplaced = write_encodings(source, portable.main_file, folder / ENCODINGS) if portable and source.encodings else []
-    _copy_assets(source.assets, folder / "assets")
+    _copy_assets(source, folder / "assets")
     prepared = {
         "name": source.ref.name,
         "synthetic": source.synthetic,
+        "weights": weights,
         "shapes": shapes(source.signature, feeds),
         "cases": len(feeds),
         "lower_is_better": list(source.lower_is_better),
@@ -140,8 +145,12 @@ def _arrays(sample: Mapping[str, Tensor]) -> Outputs:
     return {name: np.array(tensor.detach().numpy(), order="C") for name, tensor in sample.items()}
 
 
-def _copy_assets(assets: Iterable[Path], folder: Path) -> None:
+def _copy_assets(source: Source, folder: Path) -> None:
     folder.mkdir()
-    for path in assets:
+    for name, text in (source.made_assets() if source.made_assets else {}).items():
+        if Path(name).name != name:
+            raise InputRefused("DT302", f"assets() must name plain files (got {name!r})")
+        (folder / name).write_text(text, encoding="utf-8")
+    for path in source.assets:
         shutil.copyfile(path, folder / path.name)
 

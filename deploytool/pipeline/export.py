@@ -18,9 +18,11 @@ from deploytool import worker
 from deploytool.artifact import MANIFEST, REPORT, Artifact
 from deploytool.backends.base import Probe, find_backend, load_checked_target
 from deploytool.bench.compare import compare
+from deploytool.bench.decoding import measure_decoding, told
 from deploytool.bench.environment import environment
 from deploytool.bundle.contents import FAILED
 from deploytool.cache import Prepared, prepare
+from deploytool.decoding import decodes
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.best import against_plain, no_better, plain_instead
@@ -333,6 +335,9 @@ def _speed(
     for name, other in others.items():
         timed["against"][name]["size_bytes"] = other.size_bytes
     findings = []
+    if decodes(artifact.signature):
+        speed["decoding"] = measure_decoding({target.name: artifact, **others}, options.limits, seed=options.seed)
+        findings.append(told(speed["decoding"]))
     if target.plain is not None and timed["against"][target.plain]["verdict"] != "faster":
         findings.append(against_plain(target, timed["against"][target.plain]))
     return speed, memory, findings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +12,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import tokenizers
 from workshop import Workshop, cosine
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
+from deploytool.bench.decoding import measure_decoding
+from deploytool.decoding import Loop, decoder_of, greedy_tokens
 from deploytool.encoding import Coded, save_coded
 from deploytool.verify.generation import greedy
+from deploytool.worker import Limits
 
 pytest.importorskip("transformers")
 
@@ -135,3 +141,44 @@ def test_encodings_that_do_not_fit_are_told(workshop: Workshop, tmp_path: Path) 
     settings = build_artifact(replace(request, encodings=tmp_path / "encodings.npz"), {}).settings
     assert settings["encoded"] == 0
     assert "whole numbers" in settings["encodings_not_taken"][name]
+
+
+def test_prefill_and_decoding_are_timed_in_processes(workshop: Workshop) -> None:
+    """Both artifacts run in turns, and their rates are told."""
+    artifacts = {"ort": workshop.artifact("decoder", "ort"), "eager": workshop.artifact("decoder", "eager")}
+    found = measure_decoding(artifacts, Limits(seconds=60), prompt=8, new=4, rounds=2)
+    assert found["decode_tokens_per_s"] > 0
+    assert set(found["against"]) == {"eager"}
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_engines_own_decoder_gives_the_same_tokens(workshop: Workshop, fuse: bool) -> None:
+    """Decoding with a cache in place, or handed on, gives what feeding the outputs back gives, in pieces too."""
+    artifact = build_artifact(workshop.request("decoder", load_checked_target("ort"), fuse=fuse), {})
+    prompt = [3, 4, 5, 60, 7]
+    with open_artifact(artifact) as runner:
+        expected = greedy_tokens(Loop(runner), prompt, 12)
+        own = decoder_of(runner, 17)
+        assert not isinstance(own, Loop)
+        own.step(prompt[:2])  # a prompt may come in pieces
+        assert greedy_tokens(own, prompt[2:], 12) == expected
+        with pytest.raises(ValueError, match="capacity"):
+            own.step([1] * 9)
+
+
+def test_the_shipped_runner_generates(workshop: Workshop, tmp_path: Path) -> None:
+    """generate.py lies beside the model where there is a tokenizer, and runs with three packages and no others."""
+    request = workshop.request("decoder", load_checked_target("ort"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(request.out / "tokenizer.json"))
+    artifact = build_artifact(request, {})
+    code = ("import runpy, sys; sys.argv = ['generate.py', 'w3 w4 w5', '--tokens', '6']\n"
+            "try: runpy.run_path(sys.path.pop(0) or FILE, run_name='__main__')\n"
+            "finally: print(sorted({'torch', 'deploytool', 'transformers', 'onnx'} & set(sys.modules)))")  # fmt: skip
+    code = code.replace("sys.path.pop(0) or FILE", repr(str(artifact.folder / "generate.py")))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    with open_artifact(artifact) as runner:
+        expected = greedy_tokens(Loop(runner), [3, 4, 5], 6)
+    assert done.stdout.split() == ["w3", "w4", "w5", *(f"w{token}" for token in expected), "[]"]
+    assert "tokens/s" in done.stderr

@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Generates text with the language model beside this file: NumPy, onnxruntime and tokenizers are all that it needs.
+
+    python generate.py "Once upon a time" --tokens 64
+
+The cache is one buffer per layer that past and present share, where the graph can write in place; else each step's
+cache is handed to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+PAST, PRESENT, SCORES = "past_key_values.", "present.", "logits"
+
+
+class SharedCache:
+    """Decodes one sequence of up to `capacity` tokens; `in_place` where the graph takes past and present as one buffer.
+
+    ValueError when the sequence outgrows the capacity.
+    """
+
+    def __init__(self, session: ort.InferenceSession, capacity: int, in_place: bool) -> None:
+        self._session, self._capacity, self._in_place = session, capacity, in_place
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._past = {name: self._buffer(value.shape) for name, value in self._inputs.items() if name.startswith(PAST)}
+        self._length = 0
+
+    def _buffer(self, shape: Sequence[Any]) -> ort.OrtValue:
+        """Batch 1; the other free axis is the length."""
+        length = self._capacity if self._in_place else 0
+        sizes = [1 if axis == 0 else size if isinstance(size, int) else length for axis, size in enumerate(shape)]
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, np.float32))
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        """Scores [vocabulary] of the token after `tokens`."""
+        start, self._length = self._length, self._length + len(tokens)
+        if self._length > self._capacity:
+            raise ValueError(f"the sequence must fit the capacity of {self._capacity} tokens (got {self._length})")
+        binding = self._session.io_binding()
+        self._bind(binding, "input_ids", np.array([tokens], np.int64))
+        self._bind(binding, "attention_mask", np.ones((1, self._length), np.int64))
+        self._bind(binding, "position_ids", np.arange(start, self._length, dtype=np.int64)[None])
+        for name, value in self._past.items():
+            binding.bind_ortvalue_input(name, value)
+            if self._in_place:
+                binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), value)
+        fresh = [SCORES] if self._in_place else self._outputs
+        for name in fresh:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        found = dict(zip(fresh, binding.get_outputs()[-len(fresh) :], strict=True))  # in the order of binding
+        if not self._in_place:
+            self._past = {name: found[PRESENT + name.removeprefix(PAST)] for name in self._past}
+        scores: np.ndarray = found[SCORES].numpy()[0, -1]
+        return scores
+
+    def _bind(self, binding: Any, name: str, array: np.ndarray) -> None:
+        if name in self._inputs:
+            binding.bind_cpu_input(name, array)
+
+
+def chosen(scores: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+    """The most likely token at temperature 0, else one drawn from softmax(scores / temperature)."""
+    if temperature <= 0:
+        return int(scores.argmax())
+    weights = np.exp((scores - scores.max()).astype(np.float64) / temperature)
+    return int(random.choice(len(weights), p=weights / weights.sum()))
+
+
+def generate(
+    decoder: SharedCache, prompt: Sequence[int], count: int, *, temperature: float = 0.0, seed: int = 0,
+    stop: frozenset[int] = frozenset(),
+) -> Iterator[int]:  # fmt: skip
+    """Up to `count` tokens after `prompt`, until one of `stop` comes."""
+    random = np.random.default_rng(seed)
+    fed = list(prompt)
+    for _ in range(count):
+        token = chosen(decoder.step(fed), temperature, random)
+        if token in stop:
+            return
+        yield token
+        fed = [token]
+
+
+def open_model(folder: Path) -> tuple[ort.InferenceSession, bool]:
+    """The session of the artifact in `folder` with its own settings, and whether it writes its cache in place."""
+    settings = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))["settings"]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = int(settings.get("threads", 0))
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.get("spinning", True))))
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return session, settings.get("rows") == "single"
+
+
+def _stops(folder: Path) -> frozenset[int]:
+    """The tokens that end a text, where the model's files name them."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if ends is not None:
+                return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", help="the text to go on with")
+    parser.add_argument("--tokens", type=int, default=64, help="how many new tokens at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    from tokenizers import Tokenizer
+
+    folder = Path(__file__).resolve().parent
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    session, in_place = open_model(folder)
+    prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    decoder = SharedCache(session, len(prompt) + options.tokens, in_place)
+    started, first, tokens = time.perf_counter(), 0.0, []
+    print(options.prompt, end="", flush=True)
+    told = tokenizer.decode(prompt)
+    for token in generate(decoder, prompt, options.tokens, temperature=options.temperature, seed=options.seed,
+                          stop=_stops(folder)):  # fmt: skip
+        first = first or time.perf_counter() - started
+        tokens.append(token)
+        text = tokenizer.decode([*prompt, *tokens])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: the next token completes it
+            print(text[len(told) :], end="", flush=True)
+            told = text
+    seconds = time.perf_counter() - started - first
+    print()
+    print(f"{len(prompt)} tokens read in {first:.3f} s; {max(0, len(tokens) - 1) / max(seconds, 1e-9):.1f} tokens/s",
+          file=sys.stderr)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
