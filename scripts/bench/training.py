@@ -57,13 +57,14 @@ def tsld(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "lm.pt"
         os.environ["TRAINING_LM_WEIGHTS"] = str(weights)
-        trained, report = run(str(LM), step(step="finetune", epochs=4, learning_rate=0.003, warmup_steps=50))
+        trained, report = run(
+            str(LM), step(step="finetune", epochs=arguments.epochs, learning_rate=0.003, warmup_steps=50)
+        )
         torch.save(trained.module.state_dict(), weights)
         grid = {"step": "qat", "bits": 2, "group": "channel", "symmetric": False, "activations": "none",
                 "exclude": ["head"], "epochs": 9, "steps": arguments.steps, "learning_rate": 0.001}  # fmt: skip
         losses: dict[str, dict[str, Any]] = {
             "logit": {"towards": "original", "match": "kl", "temperature": 1.0},
-            "logit+labels": {"towards": "both", "match": "kl", "temperature": 1.0},
             "tsld": {"towards": "both", "match": "tsld", "token_temperature": 10.0},
         }
         found: dict[str, list[float]] = {name: [] for name in losses}
@@ -74,7 +75,7 @@ def tsld(arguments: argparse.Namespace) -> dict[str, Any]:
                 say(f"{name} seed {seed}: {found[name][-1]:.4f}")
         _, rounded = run(str(LM), step(step="rtn", bits=2, group="channel", search=True, exclude=["head"]))
     return {"fp32": report["after"]["metrics"]["perplexity"], "rounded": rounded["after"]["metrics"]["perplexity"],
-            "steps": arguments.steps, **found}  # fmt: skip
+            "steps": arguments.steps, "epochs": arguments.epochs, **found}  # fmt: skip
 
 
 def qat(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +174,8 @@ def main() -> None:
     parts = {"tsld": tsld, "qat": qat, "half": half, "killed": killed, "memory": memory}
     parser.add_argument("part", choices=[*parts, "child"])
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120, help="of two-bit training")
+    parser.add_argument("--epochs", type=int, default=2, help="of the fp32 language model")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if arguments.part == "child":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
-from deploytool.load.model import open_source
-from deploytool.load.resolve import resolve
-
 INPUTS = {"tokens": ("batch", "sequence")}
 LOWER_IS_BETTER = ("perplexity",)
 WEIGHTS = Path(os.environ.get("TRAINING_LM_WEIGHTS", "training_lm.pt"))
 ROWS = 16  # windows of 96 characters per batch
 CLASSES, LENGTH = 96, 128
-_TEXT = open_source(resolve("charlstm"))  # its text, its split
 Feeds = dict[str, Tensor]
+_SPEC = importlib.util.spec_from_file_location("charlstm", Path(__file__).parents[2] / "models" / "charlstm.py")
+assert _SPEC is not None and _SPEC.loader is not None
+_TEXT = importlib.util.module_from_spec(_SPEC)  # its text, its split
+_SPEC.loader.exec_module(_TEXT)
 
 
 class Block(nn.Module):
@@ -61,12 +62,11 @@ def build() -> nn.Module:
 
 
 def samples() -> Iterable[Feeds]:
-    return _TEXT.samples()
+    return [{"tokens": sample["tokens"]} for sample in _TEXT.samples()]
 
 
 def train_batches(epoch: int = 0) -> Iterator[Feeds]:
-    assert _TEXT.train_batches is not None
-    for batch in _TEXT.train_batches(epoch=epoch):  # type: ignore[call-arg]
+    for batch in _TEXT.train_batches(epoch):
         for start in range(0, len(batch["tokens"]), ROWS):
             yield {name: value[start : start + ROWS] for name, value in batch.items()}
 
@@ -76,5 +76,4 @@ def loss(outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def evaluate(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> dict[str, float]:
-    assert _TEXT.evaluate is not None
     return {"perplexity": math.exp(_TEXT.evaluate(predict)["bits_per_char"] * math.log(2))}
