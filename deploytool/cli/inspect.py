@@ -78,9 +78,29 @@ def _signature_text(signature: dict[str, Any]) -> list[str]:
     ]
 
 
+def _ran_text(ran: dict[str, Any] | None) -> list[str]:
+    """What the engine really runs, as its own library told when it was verified."""
+    if not ran:
+        return []
+    if "unknown" in ran:
+        return [f"  ran    not known: {ran['unknown']}"]
+    lines = [f"  ran    {ran['nodes']} nodes ({_shares(ran['nodes_by_precision'])}), {ran['fused']:.0%} fused, "
+             f"told by {ran['source']}"]  # fmt: skip
+    if ran["compute_by_precision"]:
+        lines.append(f"         {ran['flops']} flops ({_shares(ran['compute_by_precision'])})")
+    if ran["delegated"]:
+        lines.append(f"         delegated: {_shares(ran['delegated'])}")
+    return lines + ([f"         not counted: {', '.join(ran['uncounted'])}"] if ran["uncounted"] else [])
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+
+
 def _artifact_text(artifact: dict[str, Any]) -> list[str]:
     runs = "" if artifact["executes"] else ", built for hardware that is not here"
     lines = [f"{artifact['name']}: {artifact['format']} {artifact['precision']} for {artifact['backend']}{runs}"]
     lines += _signature_text(artifact["signature"])
+    lines += _ran_text(artifact["settings"].get("ran"))
     lines += [f"  {step['name']}: {step['seconds']:.1f} s, {step['versions']}" for step in artifact["history"]]
     return lines + [f"  {f['size']:>12} B  {f['path']}" for f in artifact["files"]]

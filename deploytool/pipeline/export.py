@@ -39,8 +39,8 @@ ALL = "all"
 # What a result holds where there is nothing to tell: every result has every key.
 _NOTHING: dict[str, Any] = {
     "target": None, "status": None, "reason": None, "artifact": None, "artifact_digest": None, "size_bytes": None,
-    "precision": None, "executed": None, "parity": None, "compression": None, "quality": {}, "generation": None,
-    "speed": None, "memory": None, "findings": [], "seconds": {}, "kept": None,
+    "precision": None, "executed": None, "ran": None, "parity": None, "compression": None, "quality": {},
+    "generation": None, "speed": None, "memory": None, "findings": [], "seconds": {}, "kept": None,
 }  # fmt: skip
 Say = Callable[[str], None]
 
@@ -278,7 +278,8 @@ def _stages(
         clock.lap("build")
         say(f"{target.name}: verifying")
         parity = reference.parity(artifact, engine)
-    artifact = artifact.save(known=artifact.files)
+    ran = parity.pop("ran", None)
+    artifact = replace(artifact, settings={**artifact.settings, "ran": ran}).save(known=artifact.files)
     compression = reference.compression(artifact)
     wrong = judge_parity(parity, target.parity)
     quality, generation = reference.quality_of(artifact, options.quality)
@@ -307,6 +308,7 @@ def _stages(
         "size_bytes": artifact.size_bytes,
         "precision": artifact.precision,
         "executed": artifact.executes,
+        "ran": ran,
         "parity": {"passed": not judge_parity(parity, target.parity), "shapes": reference.prepared.info["shapes"],
                    **parity},
         "compression": compression,

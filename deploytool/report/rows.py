@@ -74,7 +74,7 @@ def _export_row(target: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         str(target["target"]),
         str(target["status"]),
-        str(target.get("precision") or _NONE),
+        _precision(target),
         _scaled(target.get("size_bytes"), 1e6, "{:.2f}"),
         _extreme(min, outputs, "cosine", "{:.6f}"),
         _extreme(max, outputs, "max_abs", "{:.2e}"),
@@ -84,6 +84,13 @@ def _export_row(target: Mapping[str, Any]) -> tuple[str, ...]:
         _scaled((target.get("memory") or {}).get("peak_rss_bytes"), 1e6, "{:.0f}"),
         str(speed.get("verdict") or _NONE),
     )
+
+
+def _precision(target: Mapping[str, Any]) -> str:
+    """The precision that was asked for, and what share of the computing is not in fp32."""
+    asked = str(target.get("precision") or _NONE)
+    compute = (target.get("ran") or {}).get("compute_by_precision")
+    return asked if not compute or asked in (_NONE, "fp32") else f"{asked} {1 - compute.get('fp32', 0.0):.0%}"
 
 
 def _metrics(target: Mapping[str, Any]) -> Iterator[str]:

@@ -41,6 +41,7 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
                 difference.add(index, case.reference.get(name), outputs.get(name))
             if golden and path in kept:
                 Case(case.inputs, case.reference, outputs).save(Path(golden) / path.name)
+    del runner  # what is asked what it runs is opened anew
     figures = {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}
     return {**figures, "ran": what_ran(opened, Case.load(files[0]).inputs)} if golden else figures
 

@@ -49,6 +49,9 @@ def test_the_report_keeps_its_contract(model: str, exported: Exported, tmp_path:
         assert set(result["quality"]["share"]) >= {"reference", "candidate"}
         assert set(result["seconds"]) >= {"lower", "build", "verify", "bench"}
         assert result["executed"] is True and result["precision"] == "fp32"
+        ran = result["ran"]
+        assert ran["compute_by_precision"] == {"fp32": 1.0} and ran["flops"] == 2 * (8 * 32 + 32 * 4)
+        assert Artifact.load(Path(result["artifact"])).settings["ran"] == ran and "ran" not in parity
         artifact = Artifact.load(Path(result["artifact"]))
         assert artifact.folder == tmp_path / "out" / name and artifact.size_bytes == result["size_bytes"] > 0
         assert (artifact.folder / "golden" / "000.npz").is_file() and (artifact.folder / "report.json").is_file()
@@ -271,3 +274,20 @@ def test_an_engine_for_other_hardware_is_not_executed(
     assert result["parity"]["passed"] is True and Artifact.load(Path(result["artifact"])).executes is False
     assert [line for line in result["findings"] if line.startswith("not executed")]
     assert export_table(report).count("not executed") == 1
+
+
+def test_weights_that_are_drawn_anew_are_told_as_that(model: str, exported: Exported, tmp_path: Path) -> None:
+    """A build() that gives other weights each time must be named as the cause, not shown as a wrong engine."""
+    redrawn = tmp_path / "redrawn.py"
+    redrawn.write_text(Path(model).read_text().replace("torch.manual_seed(0)", "torch.seed()"))
+    (result,) = exported(str(redrawn), "torchscript")["targets"]
+    assert result["status"] == "failed" and result["error"]["code"] == "DT302"
+    assert "same weights" in result["reason"]
+
+
+def test_weights_from_the_global_seed_are_the_same_weights(model: str, exported: Exported, tmp_path: Path) -> None:
+    """A build() that draws from torch's own generator must be seeded alike wherever it is called."""
+    drawn = tmp_path / "drawn.py"
+    drawn.write_text(Path(model).read_text().replace("torch.manual_seed(0)", "pass"))
+    (result,) = exported(str(drawn), "torchscript")["targets"]
+    assert result["status"] == "ok", result["reason"]
