@@ -65,9 +65,16 @@ def _text(found: dict[str, Any]) -> list[str]:
     lines += [f"{found['parameters']} parameters, {found['size_bytes']} bytes, {found['samples']} samples",
               f"hooks: {', '.join(found['hooks']) or 'none'}"]  # fmt: skip
     for layer in found["layers"]:
-        zeros = f", {layer['sparsity']:.1%} zeros" if layer["sparsity"] else ""
-        lines.append(f"  {layer['name']:<48} {layer['kind']:<14} {layer['shape']!s:<16} {layer['size_bytes']} B{zeros}")
+        lines.append(f"  {layer['name']:<48} {layer['kind']:<14} {layer['shape']!s:<16} {_layer_text(layer)}")
     return lines
+
+
+def _layer_text(layer: dict[str, Any]) -> str:
+    said = [f"{layer['size_bytes']} B", *([f"{layer['bits']} bits"] if layer["bits"] else [])]
+    said += [f"{layer['sparsity']:.1%} zeros"] if layer["sparsity"] else []
+    said += [f"rank {layer['rank']}"] if layer["rank"] else []
+    said += [f"{layer['heads']} heads"] if layer["heads"] else []
+    return ", ".join(said + ([f"tied to {layer['tied_to']}"] if layer["tied_to"] else []))
 
 
 def _signature_text(signature: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _HIDDEN = -1e30  # not infinity: the difference of two hidden scores must not be NaN
+_TOGETHER = 4
 Partial = tuple[Tensor, Tensor, Tensor]  # the rows' maximum, the sum of exp(score - maximum), the values summed so
 
 
@@ -159,12 +160,20 @@ def _band(
     seen = (other >= globals_) & (other < tokens) & ((own - other).abs() <= window)
     if causal:
         seen = seen & (other <= own)
-    scores = (queries @ keys.transpose(-2, -1)).masked_fill(~seen, _HIDDEN)
-    if mask is not None:
-        scores = scores + _band_mask(mask.clamp(min=_HIDDEN), other, window, extra, after)
-    top, total, mixed = _partial(scores.clamp(min=_HIDDEN), values)
+    added = None if mask is None else _band_mask(mask.clamp(min=_HIDDEN), other, window, extra, after)
+
+    def some(which: slice) -> Partial:
+        scores = (queries[:, :, which] @ keys[:, :, which].transpose(-2, -1)).masked_fill(~seen[which], _HIDDEN)
+        if added is not None:
+            scores = (scores + added[:, :, which]).clamp(min=_HIDDEN)
+        return _partial(scores, values[:, :, which])
+
+    # A few blocks at a time stay in the processor's cache; a trace would write their number down, and takes all.
+    pieces = [slice(None)] if tracing() else [slice(i, i + _TOGETHER) for i in range(0, blocks, _TOGETHER)]
+    parts = list(zip(*(some(which) for which in pieces), strict=True))
     # what is padding beyond the last token is cut; rows that see nothing count for nothing in the merge
-    return top.flatten(2, 3)[:, :, :tokens], total.flatten(2, 3)[:, :, :tokens], mixed.flatten(2, 3)[:, :, :tokens]
+    top, total, mixed = (torch.cat(part, dim=2).flatten(2, 3)[:, :, :tokens] for part in parts)
+    return top, total, mixed
 
 
 def _neighbours(padded: Tensor, window: int, causal: bool) -> Tensor:

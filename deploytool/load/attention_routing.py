@@ -77,6 +77,7 @@ class Site:
 
     name: str
     shapes: tuple[tuple[int, int], ...]
+    heads: int
 
 
 def attention_sites(root: nn.Module, run: Callable[[], object]) -> list[Site]:
@@ -84,6 +85,7 @@ def attention_sites(root: nn.Module, run: Callable[[], object]) -> list[Site]:
     names = {id(module): name for name, module in root.named_modules()}
     inside: list[int] = []
     found: dict[str, list[tuple[int, int]]] = {}
+    heads: dict[str, int] = {}
 
     def enter(module: nn.Module, *_: Any) -> None:
         inside.append(id(module))
@@ -96,6 +98,7 @@ def attention_sites(root: nn.Module, run: Callable[[], object]) -> list[Site]:
         owner = next((names[i] for i in reversed(inside) if i in names), None)
         if owner is not None:
             found.setdefault(owner, []).append((q.shape[-2], k.shape[-2]))
+            heads[owner] = q.shape[-3] if q.ndim > 2 else 1
 
     handles = [h for module in root.modules() for h in (
         module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True))]  # fmt: skip
@@ -105,7 +108,7 @@ def attention_sites(root: nn.Module, run: Callable[[], object]) -> list[Site]:
     finally:
         for handle in handles:
             handle.remove()
-    return [Site(name, tuple(shapes)) for name, shapes in found.items()]
+    return [Site(name, tuple(shapes), heads[name]) for name, shapes in found.items()]
 
 
 class _Routing(TorchFunctionMode):

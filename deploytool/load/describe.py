@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from deploytool.load.attention_routing import attention_sites
 from deploytool.load.model import open_source
 from deploytool.source import ModelRef, Source
 
@@ -18,6 +20,7 @@ def describe_job(ref: Mapping[str, str]) -> dict[str, Any]:
     """Signature, size, hooks and layers of a model (in a worker)."""
     source = open_source(ModelRef(**ref))
     rows = layers(source) if source.ref.has_module else _weights_of_graph(source)
+    rows = [{"rank": None, "heads": None, "bits": None, **row} for row in rows]
     own = [(p.numel(), p.numel() * p.element_size()) for p in source.module.parameters()]  # tied ones once
     sizes = own if source.ref.has_module else [(row["parameters"], row["size_bytes"]) for row in rows]
     return {
@@ -38,14 +41,51 @@ def _weights_of_graph(source: Source) -> list[dict[str, Any]]:
 
 
 def layers(source: Source) -> list[dict[str, Any]]:
-    """Every module that owns parameters: name, kind, weight's shape, bytes, share of zeros, and what it is tied to."""
+    """Every module that owns parameters or computes attention, as data.
+
+    Name, kind, the weight's shape, bytes as they are stored, share of zeros, what it is tied to; `rank` where it is a
+    factor, `heads` where it computes attention, `bits` that one element of its weight takes.
+    """
     rows = []
     seen: dict[int, str] = {}
+    ranks = {edit["layer"]: edit["rank"] for edit in source.edits if "rank" in edit}
+    tucker = [edit for edit in source.edits if edit["kind"] == "conv_tucker"]
+    ranks |= {edit["layer"]: [edit["inputs"], edit["outputs"]] for edit in tucker}
+    heads = _heads(source)
     for name, module in source.module.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if own:
-            rows.append(_layer(name, module, own, seen))
+        if not own and name not in heads:
+            continue
+        row = _layer(name, module, own, seen) if own else _empty(name, module)
+        row |= {"rank": ranks.get(name.rpartition(".")[0]), "heads": heads.get(name)}
+        encoding = source.encodings.get(f"{name}.weight")
+        if encoding is not None and not row["tied_to"]:
+            weight = module.get_parameter("weight")
+            coded = -(-weight.numel() * encoding.bits // 8) + 4 * (encoding.scale.numel() + encoding.zero_point.numel())
+            row |= {"bits": encoding.bits, "size_bytes": row["size_bytes"] - weight.nbytes + coded}
+        rows.append(row)
     return rows
+
+
+def _heads(source: Source) -> dict[str, int]:
+    """Heads of the modules that ask torch for attention on the first sample."""
+    sample = next(iter(source.samples()))
+    arguments = [sample[name] for name in source.signature.input_names]
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused path calls no submodule
+    try:
+        sites = attention_sites(source.module, lambda: source.flat(*arguments))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    return {site.name: site.heads for site in sites} | {
+        name: module.num_heads for name, module in source.module.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }  # fmt: skip
+
+
+def _empty(name: str, module: nn.Module) -> dict[str, Any]:
+    return {"name": name or "(the model)", "kind": type(module).__name__, "shape": [], "parameters": 0,
+            "size_bytes": 0, "bits": None, "sparsity": 0.0, "tied_to": None}  # fmt: skip
 
 
 def _layer(name: str, module: nn.Module, own: Mapping[str, Any], seen: dict[int, str]) -> dict[str, Any]:
@@ -57,6 +97,7 @@ def _layer(name: str, module: nn.Module, own: Mapping[str, Any], seen: dict[int,
         "name": name or "(the model)",
         "kind": type(module).__name__,
         "shape": list(first.shape),
+        "bits": 8 * first.element_size(),
         "parameters": total,
         "size_bytes": 0 if tied else sum(p.numel() * p.element_size() for p in own.values()),
         "sparsity": 1.0 - sum(int(p.count_nonzero()) for p in own.values()) / max(total, 1),
