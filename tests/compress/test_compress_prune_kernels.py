@@ -11,8 +11,11 @@ from deploytool.compress.matrices import gram
 from deploytool.compress.prune import wanda
 from deploytool.compress.prune.magnitude import keep_mask
 from deploytool.compress.prune.pattern import check_widths, keep_in_rows, keep_of_groups
+from deploytool.compress.prune.repair import fit_kept
 from deploytool.compress.prune.sparsegpt import inverse_root, relative_error, sparsify
+from deploytool.compress.quantize.ranges import choose
 from deploytool.errors import BackendFailed, UsageProblem
+from deploytool.load.grid import lies_on, snap
 
 
 def _layer(rows: int = 24, columns: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -135,3 +138,31 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     assert bool(torch.isfinite(new).all())
     new, _ = sparsify(weight, inverse_root(torch.zeros(48, 48), 0.01)[0], 0.5, block=16)
     assert bool(torch.isfinite(new).all())
+
+
+def test_joint_rounding_makes_good_for_itself() -> None:
+    """What is kept must lie on the grid, zeros included, and lose less than pruning first and rounding afterwards."""
+    weight, moments = _layer(rows=64)
+    grid = choose(weight, 3, 16, symmetric=False)
+    root = inverse_root(moments, 0.01)[0]
+    joint, keep = sparsify(weight, root, 0.25, block=16, grid=grid)
+    assert lies_on(joint, grid) and not joint[~keep].any() and int((~keep).sum()) == weight.numel() // 4
+    after = snap(sparsify(weight, root, 0.25, block=16)[0], grid)
+    assert relative_error(weight, joint, moments) < 0.9 * relative_error(weight, after, moments)
+
+
+def test_fit_of_what_is_kept_is_least_squares() -> None:
+    """Every row must get what a regression on its kept columns gives."""
+    weight, moments = _layer()
+    keep = torch.rand(24, 48, generator=torch.Generator().manual_seed(2)) > 0.5
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    wanted = weight.double() @ damped
+    fitted = fit_kept(weight * keep, keep, damped, wanted, iterations=200)
+    assert not fitted[~keep].any()
+    for row in range(0, 24, 5):
+        kept = keep[row]
+        exact = torch.linalg.solve(damped[kept][:, kept], wanted[row, kept])
+        torch.testing.assert_close(fitted[row, kept].double(), exact, rtol=1e-2, atol=1e-3)
+    rough = fit_kept(weight * keep, keep, damped, wanted, iterations=5)
+    errors = [relative_error(weight, w, damped) for w in (weight * keep, rough, fitted)]
+    assert errors[0] > errors[1] > errors[2]

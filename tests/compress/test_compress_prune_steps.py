@@ -13,6 +13,7 @@ from deploytool.compress.prune import magnitude, sparsegpt, wanda
 from deploytool.compress.prune.tables import Magnitude, SparseGpt, Wanda
 from deploytool.compress.step import Calibration, Context
 from deploytool.errors import InputRefused, UsageProblem
+from deploytool.load.grid import lies_on
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
 from deploytool.source import Source
@@ -109,3 +110,13 @@ def test_wrong_samples_are_refused(digits: Source, step: str) -> None:
     broken = [{"image": torch.full((1, 1, 8, 8), float("nan"))}]
     with pytest.raises(InputRefused, match="must be finite"):
         _run(dataclasses.replace(digits, samples=lambda: iter(broken)), step, sparsity=0.5)
+
+
+def test_zeros_and_grid_in_one_pass(digits: Source) -> None:
+    """With bits every pruned weight must lie on its grid, which travels with the model, and hold the pattern too."""
+    pruned, _ = _run(digits, "sparsegpt", pattern="2:4", bits=4, group=32, include=LINEARS)
+    assert set(pruned.encodings) == set(pruned.masks) and len(pruned.masks) == 24
+    for name, grid in pruned.encodings.items():
+        weight = pruned.module.get_parameter(name)
+        assert lies_on(weight, grid) and grid.bits == 4
+        assert int((weight.view(len(weight), -1, 4) != 0).sum(-1).max()) <= 2

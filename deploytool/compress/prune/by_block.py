@@ -14,17 +14,20 @@ from deploytool.compress.prune.pattern import check_widths, not_chosen, zeros_re
 from deploytool.compress.prune.tables import SparseGpt, Wanda
 from deploytool.compress.select import select
 from deploytool.compress.step import Context
+from deploytool.encoding import Encoding
 from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A layer's new weight [out, in], its mask (False at zeros that must stay), and what the report shall say of it."""
+    """A layer's new weight [out, in], its mask (False at zeros that must stay), what the report shall say of it, and
+    the grid that the weight lies on, if any."""
 
     weight: Tensor
     mask: Tensor
     told: dict[str, Any] = field(default_factory=dict)
+    grid: Encoding | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def prune_by_block(
     check_widths({n: matrix(layer).shape[1] for n, layer in candidates.items() if n in chosen}, settings.kept_of)
     skipped += not_chosen(candidates, chosen)
     names, samples = [n for n in candidates if n in chosen], context.samples(source)
-    masks, layers = dict(source.masks), []
+    masks, encodings, layers = dict(source.masks), dict(source.encodings), []
     for block, reference in _walk(pruned, source, names, samples, repair=getattr(settings, "repair", False)):
         found = _look(block, reference, measure)
         skipped += [{"layer": n, "reason": "it did not run on the samples"} for n in block.layers if n not in found]
@@ -67,9 +70,12 @@ def prune_by_block(
             mask = done.mask if before is None else done.mask & before
             set_matrix(module, done.weight.masked_fill(~mask, 0.0))
             masks[key] = mask.view(module.get_parameter("weight").shape)
+            if done.grid is not None:
+                encodings[key] = done.grid
             layers.append({**zeros_report(key, matrix(module)), **done.told})
         context.progress(f"{settings.step}: {block.name or 'the model'}")
-    return with_module(pruned, pruned.module, masks=masks), {"layers": layers, "skipped": skipped}
+    finished = with_module(pruned, pruned.module, masks=masks, encodings=encodings)
+    return finished, {"layers": layers, "skipped": skipped}
 
 
 def _walk(

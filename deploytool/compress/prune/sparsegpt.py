@@ -19,8 +19,11 @@ from deploytool.compress.prune.by_block import Layer, Pruned, prune_by_block
 from deploytool.compress.prune.pattern import keep_but_smallest, keep_of_groups
 from deploytool.compress.prune.repair import fit_kept
 from deploytool.compress.prune.tables import SparseGpt
+from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.step import Context
+from deploytool.encoding import Encoding
 from deploytool.errors import BackendFailed
+from deploytool.load.grid import spread
 from deploytool.source import Source
 
 _TRIES = 6
@@ -57,17 +60,21 @@ def sparsify(
     *,
     block: int = 128,
     before: Tensor | None = None,
+    grid: Encoding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The pruned weight [out, in] and its mask (False at zeros), from W [out, in] and `inverse_root`'s U [in, in].
 
     Every `block` columns lose round(share * out * block) weights, or with `kept_of` = (N, M) every M neighbours all
-    but N. Where `before` [out, in] is False the weight is pruned first.
+    but N. Where `before` [out, in] is False the weight is pruned first. With `grid` what is kept is rounded to it, and
+    the later columns make good for the rounding too (section 3.5).
     """
     rows, columns = weight.shape
     step = block if kept_of is None else -(-block // kept_of[1]) * kept_of[1]
     w = weight.detach().float().T.contiguous()  # [in, out]: a column of the weight is contiguous
     keep = torch.ones(columns, rows, dtype=torch.bool)
     old = None if before is None else before.T
+    if grid is not None:
+        scale, zero = (spread(t, columns, grid.group).T.contiguous() for t in (grid.scale, grid.zero_point))
     u = root.float()
     for start in range(0, columns, step):
         stop = min(start + step, columns)
@@ -81,7 +88,8 @@ def sparsify(
                 group = slice(j, j + kept_of[1])
                 cost = _cost(part[group], inner.diagonal()[group], old, start + j)
                 keep[start + j : start + j + kept_of[1]] = keep_of_groups(cost.T, *kept_of).T
-            new = part[j] * keep[start + j]
+            new = part[j] if grid is None else _round(part[j], scale[start + j], zero[start + j], grid.levels)
+            new = new * keep[start + j]
             torch.div(part[j] - new, inner[j, j], out=errors[j])
             part[j] = new
             part[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
@@ -101,12 +109,19 @@ def apply(source: Source, settings: SparseGpt, context: Context) -> tuple[Source
         if layer.original is not None:
             moments, wanted = _wanted(layer.original, layer.total, damping)
             target = (wanted @ (root.T @ root)).to(layer.weight.dtype)
-        new, mask = sparsify(target, root, settings.share, settings.kept_of, block=settings.block, before=layer.before)
-        if wanted is not None:
+        grid = None if settings.bits is None else choose(target, settings.bits, settings.group, symmetric=False)
+        new, mask = sparsify(target, root, settings.share, settings.kept_of, block=settings.block, before=layer.before,
+                             grid=grid)  # fmt: skip
+        if wanted is not None and grid is None:
             new = fit_kept(new, mask, moments, wanted)
-        return Pruned(new, mask, {"damping": damping, "error": relative_error(target, new, layer.total)})
+        return Pruned(new, mask, {"damping": damping, "error": relative_error(target, new, layer.total)}, grid)
 
     return prune_by_block(source, settings, context, gram, prune)
+
+
+def _round(column: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """The nearest values of a grid, as `load.grid` computes them."""
+    return (column / scale).add_(zero).round_().clamp_(0, levels - 1).sub_(zero).mul_(scale)
 
 
 def _wanted(original: tuple[Tensor, Tensor], total: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from deploytool.compress.step import StepTable
+from deploytool.compress.training import TrainingTable
+from deploytool.encoding import FEWEST_BITS, MOST_BITS
 from deploytool.settings import Table
 
 
@@ -91,6 +93,9 @@ class SparseGpt(Zeros, StepTable):
     block              columns among which the share of zeros is exact, and which are updated together
     repair             work towards what the uncompressed model gives, not only towards the layer's own outputs, and
                        fit the weights that are kept once more by least squares
+    bits               round what is kept to a grid of so many bits in the same pass; left out: no grid. With `repair`
+                       the rounding is the last word, and nothing is fitted after it
+    group              neighbours in a row that share the grid's scale and zero point
     damping            added to the diagonal of the inputs' second moments, as a share of its mean; ten times as much
                        each time that it proves too little
     include, exclude   layer names, `*` and `?` allowed; nothing included means every linear layer and convolution
@@ -100,6 +105,8 @@ class SparseGpt(Zeros, StepTable):
     step: Literal["sparsegpt"]
     block: int = Field(default=128, ge=1)
     repair: bool = False
+    bits: int | None = Field(default=None, ge=FEWEST_BITS, le=MOST_BITS)
+    group: int = Field(default=64, ge=1)
     damping: float = Field(default=0.01, gt=0, le=1)
 
 
@@ -127,3 +134,33 @@ class Structured(StepTable):
     damping: float = Field(default=0.01, gt=0, le=1)
     include: tuple[str, ...] = Field(default=(), strict=False)
     exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class Progressive(TrainingTable):
+    """Prune in rounds, a little more each time, and train in between: the same zeros for less loss than at once.
+
+    method             what prunes: "magnitude", "wanda" or "sparsegpt"
+    sparsity           share of zeros after the last round, 0 to 1
+    rounds             how many prunings, each followed by a training of `epochs` or `steps`
+    growth             of the share over the rounds: "cubic" takes much at first and little at the end, "linear" evenly
+    start              share of zeros before the first round
+    train              "distill": towards the uncompressed model; "finetune": with the model's own loss
+    include, exclude   layer names, `*` and `?` allowed; nothing included means every layer
+    """
+
+    code: ClassVar[str] = "deploytool.compress.prune.progressive"
+    step: Literal["progressive"]
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
+    sparsity: float = Field(gt=0, lt=1)
+    rounds: int = Field(default=4, ge=2, le=100)
+    growth: Literal["cubic", "linear"] = "cubic"
+    start: float = Field(default=0.0, ge=0, lt=1)
+    train: Literal["distill", "finetune"] = "distill"
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.start >= self.sparsity:
+            raise ValueError(f"start must be below sparsity {self.sparsity:g}, not {self.start:g}")
+        return self
