@@ -11,6 +11,7 @@ from typing import Any
 from deploytool.artifact import Artifact
 from deploytool.backends.base import Request, build_artifact, find_backend
 from deploytool.cases import read_cases
+from deploytool.errors import InputRefused
 from deploytool.encoding import ENCODINGS
 from deploytool.signature import Outputs, Signature
 from deploytool.source import ModelRef, Source
@@ -24,7 +25,7 @@ def build_job(
     """Build `target` into the empty folder `out` from what `lower.prepare` wrote; returns the manifest."""
     folder, profile = Path(prepared), Target.model_validate(dict(target), strict=False)
     accepts = find_backend(profile.backend).accepts
-    source = _open_source(ref) if accepts == "source" else None
+    source = _open_source(ref, read_json(folder / "prepared.json")["weights"], seed) if accepts == "source" else None
     portable = Artifact.load(folder / "onnx", check=False) if accepts == "onnx" else None
 
     def calibration() -> Iterator[Outputs]:
@@ -49,10 +50,17 @@ def build_job(
     return build_artifact(request, model, portable.history if portable else ()).to_json()
 
 
-def _open_source(ref: Mapping[str, str]) -> Source:
-    """Imported here: a build from the ONNX graph does without torch, which takes seconds to import."""
-    model = importlib.import_module("deploytool.load.model")
-    source: Source = model.open_source(ModelRef(**ref))
+def _open_source(ref: Mapping[str, str], weights: Mapping[str, str], seed: int) -> Source:
+    """The model, with the weights that it was prepared with."""
+    # Imported here: a build from the ONNX graph does without torch, which takes seconds to import.
+    torch = importlib.import_module("torch")
+    torch.manual_seed(seed)  # as it was prepared
+    source: Source = importlib.import_module("deploytool.load.model").open_source(ModelRef(**ref))
+    digest = importlib.import_module("deploytool.load.digest").weights_digest(source.module)
+    if digest != weights[ref["path"]]:
+        raise InputRefused("DT302", f"{ref['name']} must have the same weights every time that it is built "
+                           "(they differ from those that it was prepared with)",
+                           fix="load trained weights in build(); seed what is drawn at random")  # fmt: skip
     return source
 
 

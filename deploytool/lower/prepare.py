@@ -58,9 +58,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     _record_cases(source, feeds, folder / "cases")
     weights = {source.ref.path: weights_digest(source.module)}
     if source.original is not None:
-        original = _open_original(source, source.original)
-        weights[original.ref.path] = weights_digest(original.module)
-        _record_cases(original, feeds, folder / "original")
+        weights[source.original.path] = _record_original(source, source.original, feeds, folder / "original")
     with tracking() as opened:  # train_batches() may read files of its own
         _record_calibration(source, folder / "calibration")
     recorded = time.perf_counter()
@@ -102,12 +100,14 @@ def _record_cases(source: Source, feeds: Sequence[Outputs], folder: Path) -> Non
         Case(inputs, reference=outputs).save(folder / f"{index:03d}.npz")
 
 
-def _open_original(source: Source, ref: ModelRef) -> Source:
+def _record_original(source: Source, ref: ModelRef, feeds: Sequence[Outputs], folder: Path) -> str:
+    """Record the uncompressed model on the same feeds; the digest of its weights."""
     original = open_source(ref)
     if original.signature != source.signature:
         raise InputRefused("DT303", "a compressed model must have the inputs and outputs of its original",
                            detail=[f"original: {original.signature}", f"compressed: {source.signature}"])  # fmt: skip
-    return original
+    _record_cases(original, feeds, folder)
+    return weights_digest(original.module)
 
 
 def _run(source: Source, feeds: Outputs) -> Outputs:
