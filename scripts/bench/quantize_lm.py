@@ -63,7 +63,10 @@ def save_model(folder: Path) -> None:
     from deploytool.load.modelfile import read_model_file
     from deploytool.load.resolve import resolve
 
-    read_model_file(resolve("smollm2")).code._pretrained().save_pretrained(folder)
+    model = read_model_file(resolve("smollm2")).code._pretrained()
+    model.hf_quantizer = None  # it was read as floats, which transformers would not believe
+    del model.config.quantization_config
+    model.save_pretrained(folder)
 
 
 def open_model(folder: Path) -> tuple[Any, Any]:

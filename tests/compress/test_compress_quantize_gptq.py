@@ -33,7 +33,7 @@ def _problem(rows: int = 24, columns: int = 100) -> tuple[Tensor, Tensor]:
 
 def _how(group: int, bits: int = 4, order: str = "given", static: bool = True, search: bool = False) -> Rounding:
     shrinks = SHRINKS if search else (1.0,)
-    return Rounding(lambda w, i: choose(w, bits, group, False, importance=i, shrinks=shrinks), order, static, 0.01)
+    return Rounding(lambda w: choose(w, bits, group, False, shrinks=shrinks), order, static, 0.01)
 
 
 def test_inverse_root_is_the_definition() -> None:

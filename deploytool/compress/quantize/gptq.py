@@ -41,7 +41,7 @@ _RAISES = 6  # times that damping grows tenfold before we give up
 class Rounding:
     """How columns are rounded: `grid` gives the encoding of columns of W; see `tables.Gptq` for the others."""
 
-    grid: Callable[[Tensor, Tensor], Encoding]  # (W [rows, n], importance [n]) -> encoding with the group size of all
+    grid: Callable[[Tensor], Encoding]  # columns of W [rows, n] -> their encoding
     order: str
     static_groups: bool
     damping: float
@@ -78,14 +78,13 @@ def gptq(weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = N
     dead = moments.diagonal() == 0
     moments = moments.clone()
     moments.diagonal().masked_fill_(dead, float(moments.diagonal().mean()) or 1.0)
-    strength = moments.diagonal().float()
     n = weight.shape[1]
     order = torch.arange(n)
     if how.order == "activation":
         order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     root, damping = inverse_root(moments[order][:, order], how.damping)
     root = root.float()
-    encoding = how.grid(weight, strength)
+    encoding = how.grid(weight)
     scale, zero = encoding.scale.T.contiguous(), encoding.zero_point.T.contiguous()  # [groups, rows]
     group = encoding.group
     static = how.static_groups or how.order == "activation"
@@ -94,7 +93,7 @@ def gptq(weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = N
 
     def grid_of(index: int) -> tuple[Tensor, Tensor]:
         if not static and index % group == 0:
-            now = how.grid(columns[index : index + group].T, strength[index : index + group])
+            now = how.grid(columns[index : index + group].T)
             scale[index // group], zero[index // group] = now.scale[:, 0], now.zero_point[:, 0]
         mine = int(order[index]) // group
         return scale[mine], zero[mine]
@@ -177,8 +176,8 @@ def _quantize_together(
     group = group_of(weights[0], settings.group)
     shrinks = shrinks_of(settings)
 
-    def grid(weight: Tensor, importance: Tensor) -> Encoding:
-        return choose(weight, settings.bits, group, settings.symmetric, importance=importance, shrinks=shrinks)
+    def grid(weight: Tensor) -> Encoding:  # the columns that follow make errors good: none counts more than another
+        return choose(weight, settings.bits, group, settings.symmetric, shrinks=shrinks)
 
     how = Rounding(grid, settings.order, settings.static_groups, settings.damping)
     sizes = [len(weight) for weight in weights]
