@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class OnnxGraph:
             inputs={i: name for i, name in enumerate(names) if name and name not in self._constants},
             outputs=tuple(name for name in node.output if name),
             constants={i: name for i, name in enumerate(names) if name in self._constants},
-            module=module_of(node),
+            module=module_of(node, (name for name in names if name in self._constants)),
             attributes={a.name: _plain(a) for a in node.attribute},
         )
 
@@ -123,8 +123,11 @@ class OnnxGraph:
         return kept, used
 
 
-def module_of(node: NodeProto) -> str:
-    """Path of the source module, as the exporters leave it: in the node's name, or in its metadata."""
+def module_of(node: NodeProto, weights: Iterable[str]) -> str:
+    """Path of the source module: the owner of its weights, else what exporters leave in its name or metadata."""
+    for weight in weights:
+        if "." in weight and "/" not in weight:
+            return weight.removesuffix(".T").rpartition(".")[0]
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             scopes = [scope.strip(" '\"") for scope in entry.value.strip("[]").split(",")]
@@ -132,7 +135,8 @@ def module_of(node: NodeProto) -> str:
     parts = node.name.split("/")
     if len(parts) <= _WRAPPERS + 1 or parts[1 : _WRAPPERS + 1] != ["module"] * _WRAPPERS:
         return ""
-    return ".".join(parts[_WRAPPERS + 1 : -1])
+    path = ".".join(parts[_WRAPPERS + 1 : -1])
+    return path.removeprefix("module.")  # children of a Sequential that is the model itself are named so
 
 
 def _types(model: ModelProto) -> dict[str, int]:

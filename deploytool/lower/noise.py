@@ -100,7 +100,10 @@ def _with(module: nn.Module, changed: Changed) -> nn.Module:
     result = copy.deepcopy(module)
     for layer in result.modules():
         if type(layer) in _SUMMING and getattr(layer, "groups", 1) == 1:
-            layer.register_forward_hook(lambda owner, given, output: changed(owner, given[0]))
+            layer.register_forward_hook(
+                lambda owner, given, named, output: changed(owner, given[0] if given else named["input"]),
+                with_kwargs=True,
+            )
     return result
 
 

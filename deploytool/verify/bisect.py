@@ -121,7 +121,8 @@ class Search:
         expected, failure = self.values[name], self.failures.get(name, "")
         bound, why = allowed(region, there, self._value, expected, self.precision)
         error = 0.0 if failure and self.runs else distance(expected, got)
-        return Suspect(name, region, there, expected, got, error, bound, why, failure)
+        return Suspect(name, region, there, expected, got, error, bound, why, failure,
+                       self.precision)  # fmt: skip
 
     def _value(self, name: str) -> np.ndarray | None:
         return self.values[name] if name in self.values else self.reference.constant(name)

@@ -17,6 +17,8 @@ _LOOKUPS = ("Gather", "aten::embedding")
 _AXES = ("axis", "axes", "perm", "keepdims")
 _HALF_END = 65504.0
 _DENORMAL = float(np.finfo(np.float32).tiny)
+_TINY = 1e-30
+_FEW = 3  # one or two numbers that happen to be the largest are no range
 _MANY = 0.005  # a share of numbers at the very same end of the range
 _SUFFIXES = (":half", ":full", ":cast", "_quantized", ":given")
 
@@ -28,6 +30,7 @@ class Suspect:
     region      the reference's nodes, the tensor's own node first; candidates: those that take their place
     bound, why  what the precision explains
     failure     the engine's words where it did not run
+    precision   what the artifact promises to compute in
     """
 
     tensor: str
@@ -39,6 +42,7 @@ class Suspect:
     bound: float
     why: str
     failure: str
+    precision: str
 
     @property
     def excess(self) -> float:
@@ -79,6 +83,10 @@ def _explanations(
 ) -> Iterator[tuple[str, str]]:
     if suspect.missing:
         yield "missing node", f"{suspect.missing[0].kind} is not in the artifact's graph"
+    if is_quantized(suspect.candidates) and not suspect.precision.startswith("int"):
+        yield "lower precision", f"{suspect.candidates[0].kind} computes in few bits, {suspect.precision} is promised"
+    yield from _swapped(suspect)
+    yield from _tiny(suspect, candidate)
     yield from _constants(suspect, reference, candidate)
     yield from _structure(suspect)
     yield from _shapes(suspect)
@@ -164,16 +172,40 @@ def _compare_constant(
 def _kind_of_weight(name: str, ref: np.ndarray, got: np.ndarray, step: float) -> tuple[str, str]:
     if ref.ndim == 2 and ref.shape[0] == ref.shape[1] and np.abs(ref.T - got).max() <= step:
         return "transposed weight", f"{name} is stored transposed"
-    shift = float(np.median(got - ref))
-    if abs(shift) > step and np.abs(got - ref - shift).max() <= step:
-        return "wrong zero point", f"{name} is shifted by {shift:.3g} everywhere"
+    channels = tuple(range(1, ref.ndim)) if ref.ndim > 2 else 0  # of a product's weight the columns, of others rows
+    shift = np.median(got - ref, axis=channels, keepdims=True)
+    if float(np.abs(shift).max()) > step and np.abs(got - ref - shift).max() <= step:
+        return "wrong zero point", f"{name} is shifted by {float(np.median(shift)):.3g}"
     scale = float((ref * got).sum() / ((ref * ref).sum() or 1.0))
     if np.abs(got - scale * ref).max() <= step * max(1.0, abs(scale)):
         return "wrong scale", f"{name} is {scale:.3g} times what it must be"
-    if np.abs(np.clip(ref, got.min(), got.max()) - got).max() <= step:
+    low, high = got.min(axis=channels, keepdims=True), got.max(axis=channels, keepdims=True)
+    if (np.abs(ref - got) > step).sum() >= _FEW and np.abs(np.clip(ref, low, high) - got).max() <= step:
         return "range too narrow", f"{name} is cut off at {got.min():.3g} and {got.max():.3g}"
     share = float((np.abs(ref - got) > step).mean())
     return "stale weight", f"{name} differs from the model's in {share:.1%} of its numbers"
+
+
+def _swapped(suspect: Suspect) -> Iterator[tuple[str, str]]:
+    for node, twin in _pairs(suspect):
+        before, after = _names(node), _names(twin)
+        if node.kind == twin.kind and before != after and sorted(before) == sorted(after):
+            yield "swapped inputs", f"it reads {', '.join(after)} in the place of {', '.join(before)}"
+    if len(suspect.region) == len(suspect.candidates) == 1 and not list(_pairs(suspect)):
+        was, now = suspect.region[0].kind, suspect.candidates[0].kind
+        yield "other operators", f"{was} became {now}"
+
+
+def _tiny(suspect: Suspect, candidate: CutGraph) -> Iterator[tuple[str, str]]:
+    """Factors below what fp32 holds with all digits, in nodes that only the candidate has."""
+    extra = [node for node in suspect.candidates if node.kind not in {n.kind for n in suspect.region}]
+    for node in extra:
+        for name in node.constants.values():
+            array = candidate.constant(name)
+            if array is not None and array.dtype.kind == "f" and array.size == 1:
+                size = abs(float(array.reshape(-1)[0]))
+                if 0 < size < _TINY:
+                    yield "denormals", f"{node.kind} by {size:.2g} makes numbers too small for the engine's arithmetic"
 
 
 def _structure(suspect: Suspect) -> Iterator[tuple[str, str]]:
@@ -185,9 +217,7 @@ def _structure(suspect: Suspect) -> Iterator[tuple[str, str]]:
         if node.kind != twin.kind:
             continue
         before, after = _names(node), _names(twin)
-        if before != after and sorted(before) == sorted(after):
-            yield "swapped inputs", f"it reads {', '.join(after)} in the place of {', '.join(before)}"
-        elif before != after and not is_quantized(suspect.candidates) and len(suspect.candidates) == 1:
+        if before != after and not is_quantized(suspect.candidates) and len(suspect.candidates) == 1:
             yield "other input", f"it must read {', '.join(before)} (got {', '.join(after)})"
     if {"Clip", "Clamp"} & set(_extra(suspect)):
         yield "saturation", "its values are cut off"
@@ -220,10 +250,10 @@ def _numbers(suspect: Suspect, values: Value) -> Iterator[tuple[str, str]]:
     assert suspect.got is not None
     ref, got = suspect.expected.astype(np.float64), suspect.got.astype(np.float64)
     bad = ~np.isfinite(got) & np.isfinite(ref)
-    largest = _largest(suspect, values)
     if bad.any():
-        if largest > _HALF_END and suspect.got.dtype == np.float16:
-            yield "fp16 overflow", f"values up to {largest:.3g} do not fit into half precision, which ends at 65504"
+        if suspect.precision == "fp16":
+            yield "fp16 overflow", (f"{int(bad.sum())} numbers become infinite or NaN in half precision, which ends at "
+                                    f"65504; the model's reach {_largest(suspect, values):.3g}")  # fmt: skip
         yield "not a number", f"{int(bad.sum())} of {bad.size} numbers are NaN or infinite"
         return
     if suspect.got.dtype == np.float16 and float(np.abs(ref).max(initial=0.0)) > _HALF_END:

@@ -1,0 +1,57 @@
+"""Limits from the reference's own noise: tighter than the profile where the model is steady, and never looser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploytool.difference import Difference, error_max
+from deploytool.target import Limits
+from deploytool.verify.derived import derived_limits
+from deploytool.verify.judge import judge_parity
+
+LIMITS = Limits(cosine_min=0.98)
+
+
+def of(precision: str, **figures: float) -> dict[str, Any]:
+    return derived_limits({"outputs": {"y": figures}}, precision, LIMITS)["y"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "figures", "expected", "word"),
+    [
+        ("fp32", {"fp64": 1e-5, "shuffled": 2e-5}, 3.2e-4, "16 times the reference's own noise"),
+        ("fp32", {"fp64": 1e-9}, 512 * 2.0**-24, "the least for fp32"),
+        ("fp32", {"fp64": 0.1}, error_max(0.98), "the profile's cosine_min, less than 16 times"),
+        ("fp16", {"fp16": 2e-3, "int8": 1.0}, 1.6e-2, "rounded to half precision"),
+        ("int8", {"int8": 0.02}, 0.08, "7-bit weights"),
+        ("int8", {"fp64": 1e-6}, error_max(0.98), "is not known"),
+        ("int4", {"int8": 0.02}, error_max(0.98), "is not known"),
+    ],
+)
+def test_limits_say_where_they_come_from(
+    precision: str, figures: dict[str, float], expected: float, word: str
+) -> None:
+    """The limit must follow from the noise within its least and the profile's, and the sentence name the source."""
+    limit = of(precision, **figures)
+    assert limit["relative_error_max"] == pytest.approx(expected) and word in limit["from"]
+
+
+def test_a_small_error_of_a_steady_model_fails() -> None:
+    """What the profile lets pass must fail where the model itself is far steadier, by a sentence with the source."""
+    a = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32)
+    difference = Difference("y", True)
+    difference.add(0, a, a + np.float32(1e-3) * a[:, ::-1])
+    parity: dict[str, Any] = {"cases": 1, "outputs": {"y": difference.summary()}}
+    assert judge_parity(parity, LIMITS) == []
+    parity["derived"] = derived_limits({"outputs": {"y": {"fp64": 1e-7, "shuffled": 2e-7}}}, "fp32", LIMITS)
+    (sentence,) = judge_parity(parity, LIMITS)
+    assert "relative error must be at most 3.05e-05" in sentence and "double precision (1e-07)" in sentence
+
+
+def test_without_noise_the_profile_alone_judges() -> None:
+    """A model that has no module, or no noise that could be measured, must be held to its profile."""
+    assert derived_limits(None, "fp32", LIMITS) == {}
+    assert of("fp32")["relative_error_max"] == error_max(0.98)
