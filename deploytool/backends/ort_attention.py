@@ -19,6 +19,7 @@ import onnx_ir as ir
 from deploytool.backends.onnx_edit import Maker, before, constant, made_by, only_user, sizes, with_scalar
 
 MICROSOFT = "com.microsoft"
+_VECTOR = 16  # the operator rotates heads whose width is a multiple of it, and refuses others when it runs
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def _match(softmax: ir.Node) -> _Layer | None:
         return None
     query, key, value = _rotated(scaled[0]), _cached(turned.inputs[0]), _cached(mixed.inputs[1])
     if query is None or key is None or value is None or query.angles is None or not _count(query):
+        return None
+    if query.width % _VECTOR:
         return None
     if key.new.angles != query.angles or value.new.angles is not None or key.groups != value.groups:
         return None
