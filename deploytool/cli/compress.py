@@ -11,23 +11,25 @@ from typing import Any
 import click
 
 from deploytool.cli import options
+from deploytool.errors import UsageProblem
 from deploytool.worker import Limits
 
 
 @click.command("compress")
 @click.argument("model", required=False)
 @click.option("--recipe", required=True, help="A TOML file, or a shipped recipe's name.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder; it is a MODEL again.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder; it is a MODEL again.")
 @options.overwrite_option
 @click.option("--no-quality", is_flag=True, help="Leave the metrics before and after out.")
+@click.option("--explain", is_flag=True, help="Say what each step would do to MODEL and what to expect, and stop.")
 @options.seed_option
 @options.limits_options
 @options.dry_run_option
 @options.quiet_option
 @options.json_option
 def command(
-    model: str | None, recipe: str, output: Path, overwrite: bool, no_quality: bool, seed: int, limits: Limits,
-    dry_run: bool, quiet: bool, as_json: bool,
+    model: str | None, recipe: str, output: Path | None, overwrite: bool, no_quality: bool, explain: bool, seed: int,
+    limits: Limits, dry_run: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run the recipe's steps on MODEL; the output folder is a MODEL again."""
     from deploytool import worker
@@ -40,6 +42,13 @@ def command(
     path = find_recipe(recipe)
     steps = load_recipe(path)
     ref = resolve(model or steps.model or options.model_or_default(None, say))
+    if explain:
+        told = worker.run(f"explaining {ref.name}", "deploytool.compress.explain:explain_job", limits, say,
+                          ref=asdict(ref), recipe_path=str(path.absolute()), seed=seed)  # fmt: skip
+        options.print_json(told) if as_json else click.echo("\n".join(_explained(told)))
+        return
+    if output is None:
+        raise UsageProblem("DT201", "-o must name the folder to write (got none)")
     refuse_existing(output, overwrite, COMPRESSED)
     plan = {"model": asdict(ref), "recipe": str(path), "steps": steps.plan(), "output": str(output), "seed": seed}
     say(f"plan: {json.dumps(plan)}")
@@ -56,6 +65,19 @@ def command(
         options.print_json(report)
     else:
         click.echo("\n".join(_lines(report, output)))
+
+
+def _explained(told: dict[str, Any]) -> list[str]:
+    lines = []
+    for step in told["explained"]:
+        lines.append(f"{step['step']}: {'tried on a copy' if step['tried'] else 'as its settings say'}")
+        lines += [f"  {sentence}" for sentence in step["effect"]]
+        for name in ("parameters", "nonzeros", "size_bytes") if step["after"] else ():
+            before, after = step["before"][name], step["after"][name]
+            lines.append(f"  {name:<12} {before:>12} -> {after:>12}  ({after / max(before, 1):.3f}x)")
+        lines += [f"  would change {name}" for name in step["layers"]]
+        lines += [f"  would leave {row['layer']}: {row['reason']}" for row in step["skipped"]]
+    return lines
 
 
 def _lines(report: dict[str, Any], output: Path) -> list[str]:

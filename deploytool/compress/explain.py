@@ -1,0 +1,171 @@
+"""What the steps of a recipe would do to the model at hand, and what to expect of it, before they run.
+
+Steps that look at nothing but shapes and a few samples are run on a throwaway copy: what is told of them is what they
+do. Of those that calibrate or train for long, the layers and sizes follow from their settings, the time from one run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deploytool.compress.calls import plain_forward
+from deploytool.compress.factorize.ranks import largest_saving_rank, rank_for_keep
+from deploytool.compress.matrices import matrix, matrix_layers
+from deploytool.compress.recipe import Recipe, load_recipe
+from deploytool.compress.run import measure
+from deploytool.compress.select import select
+from deploytool.compress.step import Context, StepTable
+from deploytool.load.model import open_source
+from deploytool.source import ModelRef, Source
+
+SCHEMA_VERSION = "1.0"
+_RUN = ("magnitude", "plain-attention", "blockwise-attention", "local-attention", "fnet", "tucker",
+        "low-rank-embedding")  # fmt: skip
+_TRAINING_RUNS = 3  # a step forward and backward costs about three runs forward
+_LISTED = 8
+
+
+def explain_job(ref: Mapping[str, str], recipe_path: str, seed: int = 0) -> dict[str, Any]:
+    """What a worker runs: open the model and explain the recipe's steps; JSON in, JSON out."""
+    return explain(open_source(ModelRef(**ref)), load_recipe(Path(recipe_path)), seed=seed)
+
+
+def explain(source: Source, recipe: Recipe, *, seed: int = 0) -> dict[str, Any]:
+    """For every step: whether it was tried, the layers it would change, what it would skip, sizes, and sentences.
+
+    A step is told on what the steps before it leave, as far as these were tried.
+    """
+    context = Context(source, recipe.calibration, seed, lambda line: None)
+    told, current = [], source
+    for settings in recipe.steps:
+        if settings.step in _RUN:
+            after, row = _tried(current, settings, context)
+        else:
+            after, row = current, _forecast(current, settings, context)
+        told.append({"step": settings.step, "settings": settings.model_dump(mode="json"), **row})
+        current = after
+    return {"schema_version": SCHEMA_VERSION, "model": source.ref.name, "recipe": recipe.where, "explained": told}
+
+
+def _tried(source: Source, settings: StepTable, context: Context) -> tuple[Source, dict[str, Any]]:
+    """The step on a copy: its own report, sizes before and after, and how the first sample's outputs change."""
+    after, did = importlib.import_module(settings.code).apply(source, settings, context)
+    sizes = {"before": _sizes(source), "after": _sizes(after)}
+    change = _change(source, after)
+    said = [f"changes {len(did['layers'])} layers, leaves {len(did['skipped'])} alone",
+            f"moves the outputs of the first sample by {change:.2%} of their size"]  # fmt: skip
+    if settings.step == "local-attention":
+        said += [_saved_scores(row) for row in did["layers"][:1]]
+    return after, {"tried": True, "layers": [row["layer"] for row in did["layers"]], "skipped": did["skipped"],
+                   **sizes, "output_change": change, "effect": said}  # fmt: skip
+
+
+def _forecast(source: Source, settings: StepTable, context: Context) -> dict[str, Any]:
+    """What follows from the settings and the shapes alone."""
+    layers, skipped = matrix_layers(source.module)
+    include, exclude = (getattr(settings, name, ()) for name in ("include", "exclude"))
+    chosen = select(layers, include, exclude) if include or exclude else set(layers)
+    weights = {name: tuple(matrix(layers[name]).shape) for name in layers if name in chosen}
+    seconds = _seconds(source, context)
+    said = _sizes_said(settings, weights)
+    if settings.step in ("distill", "finetune"):
+        weights = {}
+        said = [f"trains all {sum(p.numel() for p in source.module.parameters())} parameters; "
+                + _training_said(settings, source, seconds)]  # fmt: skip
+    elif not said:
+        said = ["has no forecast: run it with a small [calibration] first"]
+    else:
+        said.append(f"one pass over the calibration samples takes about {seconds:.2g} s")
+    return {"tried": False, "layers": list(weights), "skipped": skipped, "before": _sizes(source), "after": None,
+            "output_change": None, "effect": said}  # fmt: skip
+
+
+def _sizes_said(settings: StepTable, weights: Mapping[str, tuple[int, ...]]) -> list[str]:
+    total = sum(rows * columns for rows, columns in weights.values())
+    value = settings.model_dump()
+    if settings.step == "svd":
+        return [_svd_said(value, weights, total)]
+    if value.get("pattern") or value.get("sparsity") is not None:
+        share = _zeros(value)
+        stored = (1 - share) + 1 / 32
+        return [f"sets {share:.0%} of {total} weights in {len(weights)} layers to zero: {4 * total} bytes in fp32 are "
+                f"stored in about {round(4 * total * stored)}; engines run no faster for it"]  # fmt: skip
+    if value.get("bits"):
+        return [f"puts {total} weights in {len(weights)} layers on grids of {value['bits']} bits: {4 * total} bytes in "
+                f"fp32 become about {total * value['bits'] // 8} and the scales"]  # fmt: skip
+    if value.get("remove"):
+        return [f"removes {value['remove']:.0%} of the units of up to {len(weights)} layers; these really get smaller "
+                f"and faster, by up to that share of {total} weights"]  # fmt: skip
+    return []
+
+
+def _svd_said(value: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]], total: int) -> str:
+    if value["budget"] is not None:
+        return f"leaves {round(total * value['budget'])} of {total} weights, spent where the outputs need them"
+    if value["energy"] is not None:
+        return f"chooses the rank of {len(weights)} layers by their singular values: {total} weights or fewer remain"
+    left = factored = 0
+    for rows, columns in weights.values():
+        rank = value["rank"] or rank_for_keep(rows, columns, value["keep"])
+        saves = rank <= largest_saving_rank(rows, columns)
+        factored += saves
+        left += rank * (rows + columns) if saves else rows * columns
+    return f"factors {factored} of {len(weights)} layers: {left} of {total} weights remain, and as much of the work"
+
+
+def _zeros(value: Mapping[str, Any]) -> float:
+    if value.get("pattern"):
+        kept, _, of = str(value["pattern"]).partition(":")
+        return 1 - int(kept) / int(of)
+    return float(value["sparsity"])
+
+
+def _saved_scores(row: Mapping[str, Any]) -> str:
+    tokens, window = row["tokens"], row["window"]
+    seen = min(tokens, 3 * window + row["globals_"] + (tokens // row["stride"] if row["stride"] else 0))
+    return f"computes about {seen} of {tokens} scores for each token at the first sample's length"
+
+
+def _training_said(settings: StepTable, source: Source, seconds: float) -> str:
+    value = settings.model_dump()
+    batches = sum(1 for _ in source.train_batches()) if source.train_batches is not None else None
+    if batches is None:
+        return "the model file has no train_batches, so the calibration samples are what it learns from"
+    steps = batches * value.get("epochs", 1)
+    steps = min(steps, value["steps"]) if value.get("steps") else steps
+    return f"{steps} optimizer steps over {batches} batches an epoch"
+
+
+def _sizes(source: Source) -> dict[str, int]:
+    found = measure(source, evaluate=False)
+    return {name: found[name] for name in ("parameters", "nonzeros", "size_bytes")}
+
+
+def _change(before: Source, after: Source) -> float:
+    """|o' - o| / |o| over all floating-point outputs of the first sample together."""
+    sample = next(iter(before.samples()))
+    arguments = [sample[name] for name in before.signature.input_names]
+    with plain_forward():
+        pairs = list(zip(before.flat(*arguments), after.flat(*arguments), strict=True))
+    floats = [(a.double(), b.double()) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+    moved = torch.stack([(b - a).square().sum() for a, b in floats]).sum()
+    return float((moved / torch.stack([a.square().sum() for a, _ in floats]).sum().clamp(min=1e-30)).sqrt())
+
+
+def _seconds(source: Source, context: Context) -> float:
+    """Of one pass forward over the calibration samples, from one run of the first."""
+    samples = context.samples(source)
+    arguments = [samples[0][name] for name in source.signature.input_names]
+    started = time.perf_counter()
+    with plain_forward():
+        source.flat(*arguments)
+    one = time.perf_counter() - started
+    elements = [sum(t.numel() for t in sample.values()) for sample in samples]
+    return one * sum(elements) / max(elements[0], 1)
