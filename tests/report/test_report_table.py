@@ -84,3 +84,13 @@ def test_markdown_is_one_table_without_markup_from_outside() -> None:
 def test_verdict_follows_from_findings(statuses: list[Any], expected: str) -> None:
     """One failure fails, else one doubt is inconclusive, and nothing looked at is no pass."""
     assert Verdict(tuple(Finding("g", "s", status, "") for status in statuses)).status == expected
+
+
+def test_the_precision_says_how_much_of_the_computing_has_it() -> None:
+    """An int8 artifact must show what share of its computing is not in fp32, where its engine told; a plain one not."""
+    compute = {"int8": 0.86, "fp32": 0.14}
+    targets = [{"target": "a", "status": "ok", "precision": "int8", "ran": {"compute_by_precision": compute}},
+               {"target": "b", "status": "ok", "precision": "fp32", "ran": {"compute_by_precision": {"fp32": 1.0}}},
+               {"target": "c", "status": "ok", "precision": "int8", "ran": {"unknown": "why"}}]  # fmt: skip
+    rows = export_table({**REPORT, "targets": targets}).splitlines()[2:]
+    assert "int8 86%" in rows[0] and "%" not in rows[1] and "int8  " in rows[2] and "%" not in rows[2]
