@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from deploytool.artifact import Artifact
 from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.engine import EngineRunner, threads_of
+from deploytool.backends.torch_decoder import TensorCache
+from deploytool.decoding import PAST, TOKENS, decodes
 from deploytool.errors import BackendFailed, InputRefused
 from deploytool.load.model import open_source
 from deploytool.runner import Runner
@@ -52,6 +54,12 @@ class ModuleRunner(EngineRunner):
     def __init__(self, module: nn.Module, signature: Signature) -> None:
         super().__init__(signature)
         self.module = module
+
+    def decoder(self, capacity: int) -> TensorCache | None:
+        """Decodes one sequence of any length; None for modules that are no language model with a cache."""
+        takes = {TOKENS, "attention_mask", "position_ids"}
+        others = {spec.name for spec in self.signature.inputs if not spec.name.startswith(PAST)}
+        return TensorCache(self.module, self.signature) if decodes(self.signature) and others == takes else None
 
     def infer(self, feeds: Feeds) -> Sequence[np.ndarray]:
         """Run under inference mode; torch's errors become BackendFailed."""

@@ -182,3 +182,11 @@ def test_the_shipped_runner_generates(workshop: Workshop, tmp_path: Path) -> Non
         expected = greedy_tokens(Loop(runner), [3, 4, 5], 6)
     assert done.stdout.split() == ["w3", "w4", "w5", *(f"w{token}" for token in expected), "[]"]
     assert "tokens/s" in done.stderr
+
+
+def test_the_reference_decodes_without_copies(workshop: Workshop) -> None:
+    """Eager has a decoder of its own, which gives what feeding its outputs back gives."""
+    with open_artifact(workshop.artifact("decoder", "eager")) as runner:
+        own = decoder_of(runner, 0)
+        assert not isinstance(own, Loop)
+        assert greedy_tokens(own, [3, 4, 5], 10) == greedy_tokens(Loop(runner), [3, 4, 5], 10)
