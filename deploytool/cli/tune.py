@@ -93,7 +93,7 @@ def command(
     name = options.model_or_default(model, say)
     chosen = [n for t in options.targets_or_default(targets) for n in (target_names() if t == ALL else [t])]
     out = output or Path("deploytool-tune") / Path(name).stem
-    plan = make_plan(name, chosen, recipes, sizes, out)
+    plan = make_plan(name, chosen, recipes, sizes, out, limits)
     question = Question(objective, max_drop, budget, bucket_names(plan.sizes), exhaustive, seed)
     say(f"plan: {json.dumps(plan.to_json(question, out))}")
     if dry_run:

@@ -18,6 +18,7 @@ from deploytool.compress.recipe import find_recipe, load_recipe
 from deploytool.errors import EnvironmentLacking, UsageProblem
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.export import Options
+from deploytool.pipeline.needs import needs, refuse_impossible, weights_of
 from deploytool.pipeline.reference import Reference
 from deploytool.report.rows import Page
 from deploytool.source import ModelRef
@@ -30,6 +31,7 @@ from deploytool.tune.space import bases
 from deploytool.tune.store import Store
 from deploytool.tune.track import Track
 from deploytool.tune.workshop import Workshop
+from deploytool.worker import NO_LIMITS, Limits
 
 SCHEMA_VERSION = "1.0"
 RESULT = "tune.json"
@@ -59,8 +61,9 @@ class Plan:
 
 
 def make_plan(
-    model: str, targets: Sequence[str], recipes: Sequence[str], sizes: Sequence[Mapping[str, int]], out: Path
-) -> Plan:
+    model: str, targets: Sequence[str], recipes: Sequence[str], sizes: Sequence[Mapping[str, int]], out: Path,
+    limits: Limits = NO_LIMITS,
+) -> Plan:  # fmt: skip
     """Resolve names and check files; raises before any work is done. A folder that a search wrote is gone on with."""
     ref = resolve(model)
     refuse_existing(out, (out / _STORE).is_file())
@@ -74,6 +77,8 @@ def make_plan(
     if not able:
         raise EnvironmentLacking("DT401", "at least one target must be buildable here (none is)",
                                  detail=[f"{n}: {p.reason}" for n, p in probes.items()])  # fmt: skip
+    needed = needs(weights_of(ref), able, any(find_backend(p.backend).accepts == "onnx" for p in able))
+    refuse_impossible(needed, out, limits)
     paths = tuple(find_recipe(name) for name in recipes)
     for path in paths:
         load_recipe(path)

@@ -2,8 +2,8 @@
 
 1. Every target as its profile says is built and compared with the reference; what passes races a fixed artifact, the
    anchor, for a few rounds. The task metric is taken only of what is quick enough to matter.
-2. Around those near the best, one setting is changed at a time, again and again from the best found (coordinate
-   descent); then the runtime settings of the best builds, which need no build.
+2. Around those within reach of the best, one setting is changed at a time, and what helped is put together; then the
+   runtime settings of the best builds, which need no build.
 3. Those near the best run in rounds against each other and the best plain artifact; heat after heat fewer are near.
 4. The last two are measured once more in fresh processes, and the better one of all rounds is chosen.
 """
@@ -38,7 +38,9 @@ _FINAL_ROUNDS = 8
 _TOLERATED = 0.02  # how much slower than the best plain artifact a bucket may look before the configuration is out
 _MOST_ENTRANTS, _MOST_FINALISTS = 6, 2
 _BUILDS_TO_VARY = 2
-_STEPS = 3  # of coordinate descent
+_FAMILY_NEAR = math.log(1.10)  # a target whose best is this much slower after one step is left alone
+_STEPS = 2  # of putting together what helped
+_HELPED = 0.005  # what a change must gain to be put together with others
 _SEARCHING = 0.75  # share of the budget after which nothing new is built
 
 
@@ -218,38 +220,49 @@ class Search:
     # -- where to look next
 
     def _descend(self, families: Sequence[Config]) -> None:
-        """Change one setting at a time from the best of each family that is near enough.
+        """Change one setting at a time in every family within reach; then put together what helped, where it is near.
 
-        Of a family only the profile itself is evaluated here: what its changes cost is known when they are finalists.
+        What looks best is evaluated after every step, so that the next one starts from what keeps the quality.
         """
-        for _ in range(_STEPS):
-            before = len(self.trials)
+        for reach in (self._reach, *[min(self._reach, _FAMILY_NEAR)] * _STEPS):
+            best, before = self.best(), len(self.trials)
             for family in families:
-                here = [t for t in self.valued() if _family(t.config) == _family(family)]
-                if not here or _value(here[0]) - _value(self.valued()[0]) > self._reach:
+                here = [t for t in self.trials.values() if _family(t.config) == _family(family)]
+                if not here:
                     continue
-                own = self.trials[family.name]
-                lossy = own.reason is None and not self.fit(own)
-                for key, value in self._changes(own if lossy else here[0], kept=lossy):
-                    self.consider((own if lossy else here[0]).config.with_change(key, value))
+                own = min(here, key=lambda t: (t.reason is not None, _value(t)))  # refused ones where there is no other
+                if own.value is None or (best is not None and _value(own) - _value(best) > reach):
+                    continue
+                for config in self._next(self.trials[family.name], own):
+                    self.consider(config)
             if len(self.trials) == before:
                 return
+
+    def _next(self, base: Trial, best: Trial) -> list[Config]:
+        """What to try next in a family: each change alone first, then those that helped on top of its best."""
+        choices = build_choices(base.config.profile, self.question.objective) + self._layers(base)
+        singles = [base.config.with_change(key, value) for key, value in choices]
+        if not all(config.name in self.trials for config in singles):
+            return singles
+        tried = {change: self.trials[config.name] for change, config in zip(choices, singles, strict=True)}
+        helped = sorted((_value(t), change) for change, t in tried.items()
+                        if t.reason is None and _value(t) < _value(base) - _HELPED)  # fmt: skip
+        merged = best.config
+        for _, (key, value) in reversed(helped):  # the best change of a setting is made last
+            merged = merged if key in dict(best.config.changes) else merged.with_change(key, value)
+        return [merged]
+
+    def _layers(self, base: Trial) -> list[tuple[str, Any]]:
+        """How many layers to keep in fp32 beside the profile's own choice and none: more of them, or half as many."""
+        count = len(base.product.artifact.settings.get("kept_fp32") or ()) if base.product else 0
+        none = self.trials.get(base.config.with_change("build.keep_fp32", 0).name)
+        if count and base.reason is not None:
+            return [("build.keep_fp32", 2 * count)]
+        return [("build.keep_fp32", count // 2)] if count > 1 and none is not None and none.reason is not None else []
 
     @property
     def _reach(self) -> float:
         return math.inf if self.question.objective == "size" else _REACH
-
-    def _changes(self, trial: Trial, kept: bool) -> list[tuple[str, Any]]:
-        """Settings to change next; with `kept`, only those that win quality back: more layers in fp32."""
-        assert trial.product is not None
-        done = dict(trial.config.changes)
-        count = len(trial.product.artifact.settings.get("kept_fp32") or ())
-        if kept:
-            return [("build.keep_fp32", 2 * count)] if count else []
-        found = [(k, v) for k, v in build_choices(trial.config.profile, self.question.objective) if k not in done]
-        if count > 1:
-            found.append(("build.keep_fp32", count // 2))
-        return found
 
     def _vary_runtime(self) -> None:
         """One thread, and no spinning, for the builds near the best."""
@@ -258,7 +271,7 @@ class Search:
         seen: set[str] = set()
         for trial in self.valued():
             assert trial.product is not None
-            if trial.product.identity not in seen and len(seen) < _BUILDS_TO_VARY:
+            if len(seen) < _BUILDS_TO_VARY and trial.product.identity not in seen and self.fit(trial):
                 seen.add(trial.product.identity)
                 for key, value in runtime_choices(trial.config.profile):
                     self.consider(trial.config.with_change(key, value))

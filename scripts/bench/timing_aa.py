@@ -252,7 +252,8 @@ def _session(context: Any, guard: Guard, blocks: int, seed: int) -> list[dict[st
         slots: dict[str, list[list[float]]] = {"a": [], "b": []}
         for side in order.lower():
             pipes[side].send(SLOT_SECONDS)
-            slots[side].append(pipes[side].recv()[1:])
+            times = pipes[side].recv()
+            slots[side].append(times[1:] or times)
         after = guard.kernel()
         found.append({"order": order, **slots, "guard": [before, after]})
         before = after
