@@ -31,6 +31,7 @@ from deploytool.source import ModelRef
 from deploytool.target import Target
 from deploytool.verify.derived import derived_limits
 from deploytool.verify.judge import judge_parity, judge_quality
+from deploytool.verify.sizes import unseen
 
 
 def verify_again(
@@ -64,6 +65,9 @@ def verify_again(
                 say(f"{name}: searching for the first wrong node")
                 result["bisect"] = _search(artifact, references[key], options, failed=not result["parity"]["passed"])
             results.append(result)
+    for result in results:
+        if not Path(result["artifact"]).is_relative_to(path):  # a tar's lay in a folder that is gone by now
+            result["artifact"] = str(path)
     return {"schema_version": SCHEMA_VERSION, "path": str(path), "targets": results}
 
 
@@ -137,6 +141,7 @@ def _verify_with(name: str, artifact: Artifact, reference: Reference, options: O
     wrong = judge_parity(parity, limits) + judge_quality(quality, generation, limits)
     changed = artifact.model["fingerprint"] != reference.prepared.fingerprint
     findings = ["the model, its files or the libraries have changed since the export"] if changed else []
+    findings += unseen(parity, artifact.signature.input_names)
     return _result(name, artifact, parity, quality, generation, wrong, findings)
 
 

@@ -12,6 +12,7 @@ from deploytool.backends.ran import what_ran
 from deploytool.cases import Case, case_files
 from deploytool.difference import Difference
 from deploytool.errors import InputRefused
+from deploytool.verify.sizes import Seen
 
 GOLDEN_CASES = 3
 _GOLDEN_BYTES = 64_000_000
@@ -21,8 +22,8 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
     """Run every case of the folder `cases` on an artifact and compare (in a worker).
 
     With `golden`, the timed case and the smallest others are written there with the artifact's own outputs. Returns
-    {"cases": n, "outputs": {name: figures}}; see Difference for the figures. With `golden` also "ran", of the timed
-    case; see what_ran.
+    {"cases": n, "sizes": {free dimension: sizes}, "padded": cases with padding, "outputs": {name: figures}}; see
+    Seen and Difference for the figures. With `golden` also "ran", of the timed case; see what_ran.
     """
     opened = Artifact.load(Path(artifact), check=False)
     files = case_files(Path(cases))
@@ -33,16 +34,18 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
     expected = Case.load(files[0]).reference  # an output that the artifact does not have is one that is missing
     names = dict.fromkeys((*opened.signature.output_names, *expected))
     differences = {name: Difference(name, batched.get(name, False)) for name in names}
+    seen = Seen(opened.signature)
     with open_artifact(opened) as runner:
         for index, path in enumerate(files):
             case = Case.load(path)
             outputs = runner.run(case.inputs)
+            seen.add(case)
             for name, difference in differences.items():
                 difference.add(index, case.reference.get(name), outputs.get(name))
             if golden and path in kept:
                 Case(case.inputs, case.reference, outputs).save(Path(golden) / path.name)
     del runner  # what is asked what it runs is opened anew
-    figures = {"cases": len(files), "outputs": {name: d.summary() for name, d in differences.items()}}
+    figures = {"cases": len(files), **seen.summary(), "outputs": {name: d.summary() for name, d in differences.items()}}
     return {**figures, "ran": what_ran(opened, Case.load(files[0]).inputs)} if golden else figures
 
 
