@@ -14,7 +14,6 @@ import dataclasses
 import json
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,8 @@ def main() -> int:
     settings = Structured(step="structured", remove=args.remove, **asked)
     source = open_source(resolve("minilm"))
     code = read_model_file(source.ref).code
-    texts = list(islice((" ".join(text.split()) for text in docstrings()), 0, 20 * args.texts, 20))
+    found = [" ".join(text.split()) for text in docstrings()]
+    texts = found[:: max(1, len(found) // args.texts)][: args.texts]
     batches = [code._encode(texts[i : i + BATCH], LENGTH) for i in range(0, len(texts), BATCH)]
     calibrated = dataclasses.replace(source, samples=lambda: iter(batches))
     context = Context(source, Calibration(samples=len(batches)), 0, lambda line: print(line, file=sys.stderr))

@@ -21,7 +21,7 @@ from deploytool.compress.prune.budget import least_loss, same_share
 from deploytool.compress.prune.discover import discover, kind
 from deploytool.compress.prune.importance import unit_scores
 from deploytool.compress.prune.influence import watch
-from deploytool.compress.prune.refit import Reading, best_weight, removal_order
+from deploytool.compress.prune.refit import Reading, best_damping, best_weight, removal_order
 from deploytool.compress.prune.structured import apply
 from deploytool.compress.prune.tables import Magnitude, Structured
 from deploytool.compress.prune.units import find_groups
@@ -281,6 +281,24 @@ def test_refit_is_the_regression() -> None:
     residual = x @ weight.T - x[:, left] @ torch.linalg.lstsq(x[:, left], x @ weight.T).solution
     share = float(residual.square().sum() / (x @ weight.T).square().sum())
     assert sum(losses) == pytest.approx(share, rel=1e-3)
+
+
+def test_damping_is_chosen_by_rows_that_the_fit_has_not_seen() -> None:
+    """With few noisy rows more damping must be chosen than with many, and the fit be better on new rows for it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 40, generator=generator).double()
+    mix = torch.randn(40, 40, generator=generator).double()
+    chosen = {}
+    for count in (60, 4000):
+        x = torch.randn(count, 40, generator=generator).double() @ mix
+        seen, held = x[: count * 3 // 4], x[count * 3 // 4 :]
+        reading = Reading(weight, x.T @ x, x.T @ x, [], (held.T @ held, held.T @ held))
+        kept = torch.arange(20)
+        chosen[count] = best_damping(reading, kept)
+        fits = {d: best_weight(weight, seen.T @ seen, seen.T @ seen, kept, d) for d in (chosen[count], 0.001, 10.0)}
+        losses = {d: float((held @ weight.T - held[:, kept] @ f.T).square().sum()) for d, f in fits.items()}
+        assert losses[chosen[count]] == min(losses.values())
+    assert chosen[60] > chosen[4000]
 
 
 def test_budgets_are_met() -> None:

@@ -21,7 +21,7 @@ from deploytool.compress.blocks import walk_blocks
 from deploytool.compress.fitting import labelled_batches, outputs_of
 from deploytool.compress.matrices import gram, matrix
 from deploytool.compress.prune.influence import channel_axis
-from deploytool.compress.prune.refit import Reading, removal_order
+from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, removal_order
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
 from deploytool.load.resize import sizes
@@ -50,7 +50,7 @@ def losses(
     """What removing one unit after the other costs each group, as a share of its whole: to compare groups."""
     if settings.importance == "reconstruction":
         readings = all_readings(source, groups, samples)
-        return [removal_order(held, settings.damping, len(group) - 1)[1]
+        return [removal_order(held, settings.damping or ORDER_DAMPING, len(group) - 1)[1]
                 for held, group in zip(readings, groups, strict=True)]  # fmt: skip
     scores = unit_scores(source, groups, settings, samples)
     raw = [sorted(s.tolist()) for s in scores if s is not None]

@@ -20,17 +20,26 @@ from torch import Tensor
 
 from deploytool.errors import BackendFailed
 
+DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
+ORDER_DAMPING = 0.03  # for choosing what goes, where no damping is asked for
 _ROUNDS = 64  # scores are taken anew so often on the way from all units to none
 
 
 @dataclass
 class Reading:
-    """A layer that reads the units: weight [out, in], gram and cross [in, in] float64; columns: those of each unit."""
+    """A layer that reads the units.
+
+    weight       [out, in], of the uncompressed model
+    gram, cross  G and C [in, in], float64, over all rows
+    columns      those of each unit
+    held         G and C of the rows that are held out for choosing the damping; None when there are too few
+    """
 
     weight: Tensor
     gram: Tensor
     cross: Tensor
     columns: list[Tensor]
+    held: tuple[Tensor, Tensor] | None = None
 
 
 def best_weight(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
@@ -39,6 +48,19 @@ def best_weight(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, dampi
     wanted = weight @ cross[:, kept] + ridge * weight[:, kept]
     best: Tensor = torch.cholesky_solve(wanted.T, _lower(gram[kept][:, kept], ridge)).T
     return best
+
+
+def best_damping(reading: Reading, kept: Tensor) -> float:
+    """The one of DAMPINGS whose fit to the other rows loses least on the rows held out; the middle one without any."""
+    if reading.held is None:
+        return DAMPINGS[len(DAMPINGS) // 2]
+    gram, cross = reading.held
+    losses = []
+    for damping in DAMPINGS:
+        fitted = best_weight(reading.weight, reading.gram - gram, reading.cross - cross, kept, damping)
+        wanted = reading.weight.double() @ cross[:, kept]
+        losses.append(float(((fitted @ gram[kept][:, kept] - 2 * wanted) * fitted).sum()))
+    return DAMPINGS[losses.index(min(losses))]
 
 
 def removal_order(readings: Sequence[Reading], damping: float, most: int) -> tuple[list[int], list[float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from deploytool.compress.matrices import matrix, matrix_layers, set_matrix
 from deploytool.compress.prune.budget import least_loss, same_share, unit_weights
 from deploytool.compress.prune.discover import discover, kind
 from deploytool.compress.prune.importance import columns, losses, unit_scores
-from deploytool.compress.prune.refit import Reading, best_weight, removal_order
+from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, best_damping, best_weight, removal_order
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
 from deploytool.compress.select import select
@@ -30,6 +30,7 @@ from deploytool.load.resize import keep, set_number, sizes
 from deploytool.load.surgery import replace_layer, shell, with_module
 from deploytool.source import Source
 
+_PARTS = 4  # one of so many calls is held out
 _SAME = 1e-3  # of the largest output: what smaller layers may differ by
 _HEADS = re.compile(r"n?(\w+_)?heads?")  # num_heads, n_head, nhead, num_attention_heads; not head_dim
 
@@ -198,7 +199,7 @@ def _ignore(
         return
     readings = [_reading(block, before, name, removal.group) for name in readers]
     if scores is None:
-        removal.units = sorted(removal_order(readings, settings.damping, removal.count)[0])
+        removal.units = sorted(removal_order(readings, settings.damping or ORDER_DAMPING, removal.count)[0])
     for name, reading in zip(readers, readings, strict=True):
         if settings.reconstruct:
             _refit(block.layers[name], reading, _gone(reading.columns, removal), settings.damping)
@@ -215,17 +216,25 @@ def _reading(block: Block, before: Block, name: str, group: Group) -> Reading:
     """The reader's inputs now and before; its weight before, with the bias as a last column where it has one."""
     layer = before.layers[name]
     weight, bias = matrix(layer).double(), layer.bias
-    moments = paired_moments(before, block, [name], ones=isinstance(bias, Tensor))[name]
+    ones = isinstance(bias, Tensor)
+    moments = paired_moments(before, block, [name], ones=ones)[name]
+    held = None
+    if len(block.calls) >= _PARTS:
+        part = [replace(b, calls=b.calls[_PARTS - 1 :: _PARTS]) for b in (before, block)]
+        left_out = paired_moments(part[0], part[1], [name], ones=ones)[name]
+        held = left_out.gram, left_out.cross
     if isinstance(bias, Tensor):
         weight = torch.cat([weight, bias.detach().double()[:, None]], dim=1)
-    return Reading(weight, moments.gram, moments.cross, columns(layer, name, group))
+    return Reading(weight, moments.gram, moments.cross, columns(layer, name, group), held)
 
 
-def _refit(layer: nn.Module, reading: Reading, gone: Tensor, damping: float) -> None:
+def _refit(layer: nn.Module, reading: Reading, gone: Tensor, damping: float | None) -> None:
     """The best weight without the columns `gone`, with zeros there."""
     kept = torch.ones(reading.weight.shape[1], dtype=torch.bool)
     kept[gone] = False
-    best = best_weight(reading.weight, reading.gram, reading.cross, kept.nonzero().flatten(), damping)
+    left = kept.nonzero().flatten()
+    chosen = damping or best_damping(reading, left)
+    best = best_weight(reading.weight, reading.gram, reading.cross, left, chosen)
     full = torch.zeros_like(reading.weight)
     full[:, kept] = best
     width = matrix(layer).shape[1]

@@ -120,7 +120,8 @@ class Structured(StepTable):
     importance         "reconstruction": the least loss once the rest has made good for it; "activation": the strength
                        of what a unit adds; "magnitude": of its weights; "taylor": of its first-order effect on the loss
     reconstruct        fit the layer that reads the units to the uncompressed model's outputs, in closed form
-    damping            weight of staying as it was, as a share of the mean square of the inputs
+    damping            weight of staying as it was, as a share of the mean square of the inputs; left out: what serves
+                       best on a quarter of the samples that the fit has not seen
     include, exclude   names of the layers that make the units, `*` and `?` allowed; nothing included means all
     """
 
@@ -131,7 +132,7 @@ class Structured(StepTable):
     units: tuple[Literal["heads", "neurons", "channels"], ...] = Field(default=(), strict=False)
     importance: Literal["reconstruction", "activation", "magnitude", "taylor"] = "reconstruction"
     reconstruct: bool = True
-    damping: float = Field(default=0.01, gt=0, le=1)
+    damping: float | None = Field(default=None, gt=0, le=100)
     include: tuple[str, ...] = Field(default=(), strict=False)
     exclude: tuple[str, ...] = Field(default=(), strict=False)
 
