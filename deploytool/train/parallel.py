@@ -126,6 +126,9 @@ def _spread(module: nn.Module, mesh: DeviceMesh) -> None:
                                "(got none)")  # fmt: skip
         parallelize_module(module, mesh[_TENSOR], plan)  # type: ignore[arg-type]
     if mesh[_DATA].size() > 1:
+        if scalars := [name for name, parameter in module.named_parameters() if parameter.ndim == 0]:
+            raise UsageProblem("DT204", "sharded training needs parameters with at least one axis (got scalars: "
+                               f"{', '.join(scalars[:5])})", fix='use parallel = "data"')  # fmt: skip
         for block in blocks(module):
             fully_shard(block, mesh=mesh[_DATA])
         fully_shard(module, mesh=mesh[_DATA])

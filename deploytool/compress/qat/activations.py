@@ -29,16 +29,16 @@ class LearnedInput(nn.Module):
         scale, zero = grid_between(low, high, bits, False)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero)
-        self.theta = nn.Parameter(torch.zeros(()))
-        self.shift = nn.Parameter(torch.zeros(()))  # of the zero point, in shares of all codes
+        self.theta = nn.Parameter(torch.zeros(1))  # one axis: what is sharded must have one
+        self.shift = nn.Parameter(torch.zeros(1))  # of the zero point, in shares of all codes
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, *self.grid(), self._bits)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and whole zero point."""
-        moved = (self.zero_point + self.shift * 2**self._bits).clamp(0, 2**self._bits - 1)
-        return self.scale * self.theta.exp(), moved.detach().round() + (moved - moved.detach())
+        moved = (self.zero_point + self.shift[0] * 2**self._bits).clamp(0, 2**self._bits - 1)
+        return self.scale * self.theta[0].exp(), moved.detach().round() + (moved - moved.detach())
 
 
 class AveragedInput(nn.Module):
