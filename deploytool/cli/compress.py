@@ -42,6 +42,9 @@ def command(
     path = find_recipe(recipe)
     steps = load_recipe(path)
     ref = resolve(model or steps.model or options.model_or_default(None, say))
+    if not ref.has_module:
+        raise UsageProblem("DT204", f"the model must be a PyTorch module to be compressed (got the graph {ref.name})",
+                           fix="compress the module before it is exported, and export the result")  # fmt: skip
     if explain:
         told = worker.run(f"explaining {ref.name}", "deploytool.compress.explain:explain_job", limits, say,
                           ref=asdict(ref), recipe_path=str(path.absolute()), seed=seed)  # fmt: skip
@@ -82,9 +85,17 @@ def _explained(told: dict[str, Any]) -> list[str]:
 
 def _lines(report: dict[str, Any], output: Path) -> list[str]:
     before, after = report["before"], report["after"]
-    lines = [f"{step['step']}: {step['seconds']:.1f} s" for step in report["steps"]]
+    lines = [_step_line(step) for step in report["steps"]]
     for name in ("parameters", "nonzeros", "size_bytes"):
         lines.append(f"{name:<12} {before[name]:>12} -> {after[name]:>12}  ({after[name] / max(before[name], 1):.3f}x)")
     for name, value in before["metrics"].items():
         lines.append(f"{name:<12} {value:>12.6g} -> {after['metrics'][name]:>12.6g}")
     return [*lines, f"written: {output}"]
+
+
+def _step_line(step: dict[str, Any]) -> str:
+    """What the model was after a step: each step's figures stand beside the one before."""
+    after = step["after"]
+    figures = [f"{after['parameters']} parameters", f"{after['nonzeros']} not zero"]
+    figures += [f"{name} {value:.6g}" for name, value in after["metrics"].items()]
+    return f"{step['step']}: {step['seconds']:.1f} s, {', '.join(figures)}"

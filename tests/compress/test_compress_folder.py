@@ -66,6 +66,9 @@ def test_report_counts_what_was_done(tiny_ref: ModelRef, tmp_path: Path) -> None
     json.dumps(report, allow_nan=False)
     assert [step["step"] for step in report["steps"]] == ["magnitude", "svd", "distill"]
     assert all(step["seconds"] > 0 for step in report["steps"])
+    nonzeros = [report["before"]["nonzeros"], *(step["after"]["nonzeros"] for step in report["steps"])]
+    assert nonzeros[1] < nonzeros[0], "every step's own figures stand in the report"
+    assert report["steps"][-1]["after"] == report["after"]
     before = 11 * 12 + 24 + (12 * 40 + 40) + (40 * 12 + 12)  # the tied head counts once
     assert report["before"]["parameters"] == before
     assert report["before"]["nonzeros"] == before - 12  # a fresh norm's biases are zero
