@@ -44,7 +44,9 @@ def read(artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
     with runner:
         options = runner.session.get_session_options()
         del runner.session  # before another one is made: they hold the weights
-        return "ONNX Runtime's profiler", list(_profiled(runner, artifact.main_file, options, feeds).values())
+        without = list(artifact.settings.get("without", ()))  # optimizers left out, which no options tell
+        nodes = _profiled(runner, artifact.main_file, options, feeds, without)
+        return "ONNX Runtime's profiler", list(nodes.values())
 
 
 def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
@@ -69,12 +71,15 @@ def _written(node: onnx.NodeProto, types: Mapping[str, int], ran: Node) -> str:
     return _WRITTEN.get(types.get(name, 0), "other")
 
 
-def _profiled(runner: SessionRunner, graph: Path, options: ort.SessionOptions, feeds: Feeds) -> dict[str, Node]:
+def _profiled(
+    runner: SessionRunner, graph: Path, options: ort.SessionOptions, feeds: Feeds, without: Sequence[str] = ()
+) -> dict[str, Node]:
     """The nodes that ran, by their names."""
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
         options.enable_profiling = True
         options.profile_file_prefix = f"{folder}/ran"
-        runner.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        runner.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"],
+                                              disabled_optimizers=list(without))  # fmt: skip
         runner.run(feeds)
         events = json.loads(Path(runner.session.end_profiling()).read_text(encoding="utf-8"))
     seen: dict[str, Node] = {}
