@@ -48,6 +48,7 @@ class Source:
     samples        re-iterable; each sample is {input name: tensor}; the first is the example that is timed
     evaluate       evaluate(predict) -> {metric: value}; predict maps named tensors to named output tensors
     lower_is_better names of the metrics that are better when smaller
+    calibration    typical samples that compression steps look at; they take `samples` where it is None
     train_batches  one epoch of {input name: tensor, "target": tensor, ...} per call
     loss           loss(outputs, batch) -> scalar tensor; outputs are the named outputs
     prompts        token ids for the greedy-decoding check of language models
@@ -68,6 +69,7 @@ class Source:
     samples: Callable[[], Iterable[dict[str, Tensor]]]
     evaluate: Callable[[Predict], dict[str, float]] | None = None
     lower_is_better: tuple[str, ...] = ()
+    calibration: Callable[[], Iterable[dict[str, Tensor]]] | None = None
     train_batches: Callable[[], Iterable[dict[str, Tensor]]] | None = None
     loss: Callable[[dict[str, Tensor], Batch], Tensor] | None = None
     prompts: Callable[[], list[list[int]]] | None = None

@@ -6,10 +6,12 @@ Texts are the Python reference that the standard library carries (`pydoc_data.to
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,6 +31,7 @@ except ImportError as error:
 Feeds = dict[str, Tensor]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOWS, WINDOW = 24, 512  # evaluation: windows of text, tokens in each
+CALIBRATION = 32  # windows
 LOWER_IS_BETTER = ("perplexity",)
 BEGINNINGS = (("assert", 12), ("class", 20), ("for", 40), ("lambda", 28), ("with", 33))  # topic, tokens
 
@@ -105,6 +108,26 @@ def perplexity(predict: Callable[[Feeds], Mapping[str, Tensor]], windows: int) -
         feeds = inputs_for(_CONFIG, window[None], torch.ones(1, WINDOW, dtype=torch.int64))
         losses.append(cross_entropy(predict(feeds)["logits"][0, :-1].float(), window[1:]).item())
     return math.exp(sum(losses) / len(losses))
+
+
+def _docstrings() -> Iterator[str]:
+    """Docstrings of more than 200 characters in the standard library's top-level files, in the order of their names."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+                text = ast.get_docstring(node) or ""
+                if len(text) > 200:
+                    yield text
+
+
+@cache
+@torch.inference_mode(False)
+def calibration() -> Iterable[Feeds]:
+    """32 windows of 512 tokens, picked from the docstrings joined by blank lines; other text than the evaluation's."""
+    ids = torch.tensor(_tokenize("\n\n".join(_docstrings())))
+    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    picked = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:CALIBRATION].sort().values
+    return tuple(inputs_for(_CONFIG, w[None], torch.ones(1, WINDOW, dtype=torch.int64)) for w in windows[picked])
 
 
 def evaluate(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> dict[str, float]:

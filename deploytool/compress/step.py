@@ -77,8 +77,12 @@ class Context:
     checkpoint_every: int = 200
 
     def samples(self, source: Source) -> list[dict[str, Tensor]]:
-        """The first `calibration.samples` samples of a source, cut to `calibration.length` along "sequence"."""
-        taken = [s for s, _ in zip(source.samples(), range(self.calibration.samples), strict=False)]
+        """The first `calibration.samples` of a source, cut to `calibration.length` along "sequence".
+
+        They are what its `calibration()` gives, and its samples where it has none.
+        """
+        given = source.samples if source.calibration is None else source.calibration
+        taken = [s for s, _ in zip(given(), range(self.calibration.samples), strict=False)]
         length = self.calibration.length
         return taken if length is None else [_cut(source, sample, length) for sample in taken]
 

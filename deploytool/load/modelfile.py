@@ -20,10 +20,10 @@ from deploytool.load.infer import infer_signature, refuse_non_finite
 from deploytool.load.track import tracking
 from deploytool.source import ModelRef, Source
 
-HOOKS = ("build", "samples", "INPUTS", "evaluate", "LOWER_IS_BETTER", "train_batches", "loss", "prompts", "FILES",
-         "assets")  # fmt: skip
+HOOKS = ("build", "samples", "INPUTS", "evaluate", "LOWER_IS_BETTER", "calibration", "train_batches", "loss", "prompts",
+         "FILES", "assets")  # fmt: skip
 _KINDS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
-    (("evaluate", "train_batches", "loss", "prompts", "assets"), Callable, "a function"),
+    (("evaluate", "calibration", "train_batches", "loss", "prompts", "assets"), Callable, "a function"),
     (("LOWER_IS_BETTER", "FILES"), (list, tuple, set, frozenset), "a list or tuple"),
     (("INPUTS",), Mapping, "a dict of shapes"),
 )
@@ -112,6 +112,7 @@ def open_model_file(ref: ModelRef) -> Source:
         samples=lambda: iter(samples),
         evaluate=file.hook("evaluate"),
         lower_is_better=tuple(file.hook("LOWER_IS_BETTER") or ()),
+        calibration=file.hook("calibration"),
         train_batches=file.hook("train_batches"),
         loss=file.hook("loss"),
         prompts=file.hook("prompts"),

@@ -5,16 +5,14 @@
     python scripts/bench/quantize_lm.py gptq --set bits=3 --set group=32
 
 Prints one JSON document. Perplexity is that of the shipped model: the first 24 windows of 512 tokens of the standard
-library's topics. Calibration text: docstrings longer than 200 characters of functions, classes and modules of the
-standard library's top-level files in sorted order, joined by blank lines, in windows of 512 tokens, of which
-`torch.randperm` with seed 0 picks 32. All linear layers of the blocks are quantized; embedding and head stay.
-`seconds` is the steps' wall time without loading; the peaks are of the process's whole life until then.
+library's topics; calibration is on the model file's 32 windows of docstrings. All linear layers of the blocks are
+quantized; embedding and head stay. `seconds` is the steps' wall time without loading; the peaks are of the process's
+whole life until then.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import inspect
 import json
@@ -23,10 +21,8 @@ import platform
 import resource
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +36,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "awq+gptq": [{"step": "awq", **GRID, "round": False}, {"step": "gptq", **GRID}],
     "mixed": [{"step": "mixed-precision", "mean_bits": 4.3125, "group": 64}],
 }
-WINDOWS, WINDOW = 32, 512
 SAVE = "import runpy, sys, pathlib; runpy.run_path(sys.argv[1])['save_model'](pathlib.Path(sys.argv[2]))"
-
-
-def docstrings() -> Iterator[str]:
-    """The calibration text, piece by piece."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
-                text = ast.get_docstring(node) or ""
-                if len(text) > 200:
-                    yield text
 
 
 def save_model(folder: Path) -> None:
@@ -85,11 +66,7 @@ def open_model(folder: Path) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     module = code.CausalLM(model).eval().requires_grad_(False)
-    ids = torch.tensor(code._tokenize("\n\n".join(docstrings())))
-    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    picked = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:WINDOWS].sort().values
-    ones = torch.ones(1, WINDOW, dtype=torch.int64)
-    samples = [code.inputs_for(code._CONFIG, window[None], ones) for window in windows[picked]]
+    samples = code.calibration()
     inputs = tuple(TensorSpec(name, "float32" if len(shape) == 4 else "int64", tuple(shape))
                    for name, shape in code.INPUTS.items())  # fmt: skip
     signature = Signature(inputs, (TensorSpec("logits", "float32", ("batch", "sequence", 49152)),))
@@ -109,7 +86,7 @@ def run(method: str, steps: list[dict[str, Any]], folder: Path) -> dict[str, Any
     recipe = parse_recipe({"compress": steps}, "", where=method)
     code, source = open_model(folder)
     loaded = _peak()
-    context = Context(source, Calibration(samples=WINDOWS), 0, lambda line: print(line, file=sys.stderr, flush=True))
+    context = Context(source, Calibration(), 0, lambda line: print(line, file=sys.stderr, flush=True))
     started, used = time.perf_counter(), time.process_time()
     reports = []
     for settings in recipe.steps:
