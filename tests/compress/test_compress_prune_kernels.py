@@ -12,7 +12,7 @@ from deploytool.compress.prune import wanda
 from deploytool.compress.prune.magnitude import keep_mask
 from deploytool.compress.prune.pattern import check_widths, keep_in_rows, keep_of_groups
 from deploytool.compress.prune.repair import fit_kept
-from deploytool.compress.prune.sparsegpt import inverse_root, relative_error, sparsify
+from deploytool.compress.prune.sparsegpt import relative_error, root_of, sparsify
 from deploytool.compress.quantize.ranges import choose
 from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.load.grid import lies_on, snap
@@ -63,7 +63,7 @@ def test_wanda_is_the_formula() -> None:
 def test_root_is_the_inverses_factor() -> None:
     """U must be upper triangular with U^T U the inverse of the damped moments."""
     _, moments = _layer()
-    root, damping = inverse_root(moments, 0.01)
+    root, damping = root_of(moments, 0.01)
     assert damping == 0.01 and torch.equal(root, root.triu())
     damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     torch.testing.assert_close(root.T @ root @ damped, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-9)
@@ -73,10 +73,10 @@ def test_damping_grows_until_it_serves() -> None:
     """Moments that are not positive definite must be damped more, and told; hopeless ones must be an error."""
     _, moments = _layer()
     shifted = moments - 0.05 * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    root, damping = inverse_root(shifted, 0.001)
+    root, damping = root_of(shifted, 0.001)
     assert damping == pytest.approx(0.1) and bool(torch.isfinite(root).all())
     with pytest.raises(BackendFailed, match="positive definite"):
-        inverse_root(torch.tensor([[1.0, 1e9], [1e9, 1.0]]), 0.01)
+        root_of(torch.tensor([[1.0, 1e9], [1e9, 1.0]]), 0.01)
 
 
 def _exact(weight: Tensor, moments: Tensor, keep: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _exact(weight: Tensor, moments: Tensor, keep: Tensor) -> Tensor:
 def test_sweep_is_the_papers_definition(block: int) -> None:
     """For the mask that was chosen, the weights must be those of the definition, however columns are blocked."""
     weight, moments = _layer()
-    root, damping = inverse_root(moments, 0.01)
+    root, damping = root_of(moments, 0.01)
     new, keep = sparsify(weight, root, 0.5, block=block)
     damped = moments + damping * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     torch.testing.assert_close(new, _exact(weight, damped, keep).float(), rtol=1e-3, atol=1e-4)
@@ -109,7 +109,7 @@ def test_sweep_is_the_papers_definition(block: int) -> None:
 def test_sweep_keeps_the_pattern(kept: int, group: int, block: int) -> None:
     """Every M neighbours must keep exactly N, also where the block is no multiple of M."""
     weight, moments = _layer()
-    new, keep = sparsify(weight, inverse_root(moments, 0.01)[0], 0.0, (kept, group), block=block)
+    new, keep = sparsify(weight, root_of(moments, 0.01)[0], 0.0, (kept, group), block=block)
     assert bool((keep.view(24, -1, group).sum(-1) == kept).all()) and not new[~keep].any()
 
 
@@ -118,7 +118,7 @@ def test_each_method_loses_less_than_the_simpler_one() -> None:
     weight, moments = _layer(rows=64)
     masks = [keep_mask(weight, weight.numel() // 2), wanda.keep_mask(weight, moments.diagonal(), 0.5, None)]
     simple = [relative_error(weight, weight * mask, moments) for mask in masks]
-    new, _ = sparsify(weight, inverse_root(moments, 0.01)[0], 0.5, block=48)
+    new, _ = sparsify(weight, root_of(moments, 0.01)[0], 0.5, block=48)
     assert relative_error(weight, new, moments) < 0.8 * simple[1] < 0.8 * simple[0]
 
 
@@ -126,7 +126,7 @@ def test_earlier_zeros_stay_first() -> None:
     """Weights that were pruned before must be pruned again, and count among those asked for."""
     weight, moments = _layer()
     before = torch.rand(24, 48, generator=torch.Generator().manual_seed(3)) > 0.3
-    _, keep = sparsify(weight * before, inverse_root(moments, 0.01)[0], 0.5, block=48, before=before)
+    _, keep = sparsify(weight * before, root_of(moments, 0.01)[0], 0.5, block=48, before=before)
     assert not (keep & ~before).any() and int(keep.sum()) == 24 * 24
 
 
@@ -134,9 +134,9 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     """A dead input must leave all other weights finite and take part in the mask."""
     weight, moments = _layer()
     moments[5] = moments[:, 5] = 0
-    new, _ = sparsify(weight, inverse_root(moments, 0.01)[0], 0.5, block=16)
+    new, _ = sparsify(weight, root_of(moments, 0.01)[0], 0.5, block=16)
     assert bool(torch.isfinite(new).all())
-    new, _ = sparsify(weight, inverse_root(torch.zeros(48, 48), 0.01)[0], 0.5, block=16)
+    new, _ = sparsify(weight, root_of(torch.zeros(48, 48), 0.01)[0], 0.5, block=16)
     assert bool(torch.isfinite(new).all())
 
 
@@ -144,7 +144,7 @@ def test_joint_rounding_makes_good_for_itself() -> None:
     """What is kept must lie on the grid, zeros included, and lose less than pruning first and rounding afterwards."""
     weight, moments = _layer(rows=64)
     grid = choose(weight, 3, 16, symmetric=False)
-    root = inverse_root(moments, 0.01)[0]
+    root = root_of(moments, 0.01)[0]
     joint, keep = sparsify(weight, root, 0.25, block=16, grid=grid)
     assert lies_on(joint, grid) and not joint[~keep].any() and int((~keep).sum()) == weight.numel() // 4
     after = snap(sparsify(weight, root, 0.25, block=16)[0], grid)

@@ -19,37 +19,22 @@ from deploytool.compress.prune.by_block import Layer, Pruned, prune_by_block
 from deploytool.compress.prune.pattern import keep_but_smallest, keep_of_groups
 from deploytool.compress.prune.repair import fit_kept
 from deploytool.compress.prune.tables import SparseGpt
+from deploytool.compress.quantize.gptq import inverse_root
 from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.step import Context
 from deploytool.encoding import Encoding
-from deploytool.errors import BackendFailed
 from deploytool.load.grid import spread
 from deploytool.source import Source
 
-_TRIES = 6
 
+def root_of(moments: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U of the formula above, float64, from X^T X [n, n], and the damping that it took; see `gptq.inverse_root`.
 
-def inverse_root(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U upper triangular [n, n] with U^T U = (H + lambda I)^-1, float64, from H [n, n]; and the damping it took.
-
-    lambda is `damping` times the mean of H's diagonal, ten times as much each time that the sum is not positive
-    definite; raises BackendFailed when it never is. Inputs that are always zero count as independent of all others.
+    Inputs that are always zero count as independent of all others.
     """
     h = moments.double().clone()
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    diagonal[diagonal == 0] = mean
-    for attempt in range(_TRIES):
-        share = damping * 10**attempt
-        damped = h.clone()
-        damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not bool(failed):
-            # Flipped in both axes, L L^T = flip(H) is R R^T = H with R upper triangular, and U = R^-1.
-            root = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=h.dtype), upper=True), share
-    raise BackendFailed("DT504", "the inputs' second moments must become positive definite (they are not with "
-                        f"{share:g} of their mean added)", fix="calibrate with more or other samples")  # fmt: skip
+    h.diagonal().masked_fill_(h.diagonal() == 0, float(h.diagonal().mean()) or 1.0)
+    return inverse_root(h, damping)
 
 
 def sparsify(
@@ -62,7 +47,7 @@ def sparsify(
     before: Tensor | None = None,
     grid: Encoding | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The pruned weight [out, in] and its mask (False at zeros), from W [out, in] and `inverse_root`'s U [in, in].
+    """The pruned weight [out, in] and its mask (False at zeros), from W [out, in] and `root_of`'s U [in, in].
 
     Every `block` columns lose round(share * out * block) weights, or with `kept_of` = (N, M) every M neighbours all
     but N. Where `before` [out, in] is False the weight is pruned first. With `grid` what is kept is rounded to it, and
@@ -103,7 +88,7 @@ def apply(source: Source, settings: SparseGpt, context: Context) -> tuple[Source
 
     def prune(layer: Layer) -> Pruned:
         if held[0] is not layer.total:
-            held[:] = [layer.total, inverse_root(layer.total, settings.damping)]
+            held[:] = [layer.total, root_of(layer.total, settings.damping)]
         root, damping = held[1]
         target, wanted, moments = layer.weight, None, layer.total
         if layer.original is not None:
