@@ -40,7 +40,8 @@ class OnnxRuntime:
         """Copy the graph (fp32) or quantize it (int8); whether it opens and is right is for verify to see."""
         options = tables.OnnxRuntimeBuild(**request.target.build)
         portable = portable_of(request)
-        settings: dict[str, object] = {"optimization": options.optimization}
+        settings: dict[str, object] = {"optimization": options.optimization, "without": list(options.without),
+                                       "arena": options.arena, "flush": options.flush}  # fmt: skip
         # What rewrites graphs brings the onnx package, which no runner needs in its memory.
         match request.target.precision, options.scheme:
             case "fp32", _:
@@ -61,10 +62,11 @@ class OnnxRuntime:
         return Built("onnx", ENTRY, request.target.precision, settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
-        """Open the graph with the artifact's threads and optimization level."""
+        """Open the graph with the session settings of the artifact."""
         level = str(artifact.settings.get("optimization", "all"))
-        spinning = bool(artifact.settings.get("spinning", True))
-        session = open_session(artifact.main_file, threads_of(artifact), level, spinning=spinning)
+        given = {key: artifact.settings[key] for key in ("spinning", "without", "arena", "flush")
+                 if key in artifact.settings}  # fmt: skip
+        session = open_session(artifact.main_file, threads_of(artifact), level, **given)
         return SessionRunner(session, artifact.signature, single_rows=artifact.settings.get("rows") == "single")
 
 
@@ -116,18 +118,25 @@ def _plain(portable: Artifact, out: Path, options: tables.OnnxRuntimeBuild) -> d
 
 
 def open_session(
-    model: Path | bytes, threads: int, optimization: str = "all", *, spinning: bool = True
-) -> ort.InferenceSession:
-    """A session on the CPU of a file or a serialized graph; raises BackendFailed with the library's text."""
+    model: Path | bytes, threads: int, optimization: str = "all", *, spinning: bool = True,
+    without: Sequence[str] = (), arena: bool = True, flush: bool = False,
+) -> ort.InferenceSession:  # fmt: skip
+    """A session on the CPU of a file or a serialized graph; raises BackendFailed with the library's text.
+
+    The settings are those of the same names in `tables.OnnxRuntimeBuild` and of `[runtime]`.
+    """
     options = ort.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush)))
+    options.enable_cpu_mem_arena = arena
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = _LEVELS[optimization]
     options.log_severity_level = _ERROR
     try:
         content = str(model) if isinstance(model, Path) else model
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"],
+                                    disabled_optimizers=list(without))  # fmt: skip
     except Exception as error:  # see SessionRunner.infer
         name = model.name if isinstance(model, Path) else "the graph"
         raise BackendFailed("DT504", f"ONNX Runtime must open {name} (got: {error})"[:2000]) from error

@@ -99,6 +99,8 @@ def open_model(folder: Path) -> tuple[ort.InferenceSession, bool]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = int(settings.get("threads", 0))
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.get("spinning", True))))
+    options.add_session_config_entry("session.set_denormal_as_zero", str(int(settings.get("flush", False))))
+    options.enable_cpu_mem_arena = bool(settings.get("arena", True))
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     return session, settings.get("rows") == "single"
 

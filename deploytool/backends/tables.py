@@ -53,9 +53,13 @@ class FbgemmBuild(KeepFp32):
 
 
 class OnnxRuntimeBuild(KeepFp32):
-    """`optimization` and `fuse` hold for every precision.
+    """`optimization`, `fuse` and what is of the session hold for every precision.
 
     optimization   how far ONNX Runtime rewrites the graph when it is opened
+    without        names of ONNX Runtime's optimizers that are left out of that, such as "SkipLayerNormFusion"
+    arena          whether the session keeps the memory that it took: faster, and larger after a long input
+    flush          whether denormal numbers count as zero: arithmetic on them is many times slower on x86. The first
+                   session of a process decides for all
     fuse           a language model's attention, norms and products become ONNX Runtime's own operators
     scheme         int8: "dynamic" rounds the inputs of products too, "weights" the weights alone; int4 rounds weights
     op_types       dynamic: operators that become int8: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather",
@@ -69,6 +73,9 @@ class OnnxRuntimeBuild(KeepFp32):
     """
 
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    without: tuple[str, ...] = Field(default=(), strict=False)
+    arena: bool = True
+    flush: bool = False
     fuse: bool = True
     scheme: Literal["dynamic", "weights"] = "dynamic"
     op_types: tuple[Literal["MatMul", "LSTM", "Attention", "Gather", "Conv"], ...] = Field(
