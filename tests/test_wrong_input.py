@@ -247,3 +247,14 @@ def test_paths_of_every_kind() -> None:
     (result,) = document["targets"]
     assert code == 0 and result["artifact"] == f"{folder}/out/torchscript"
     assert Path(result["artifact"], "artifact.json").is_file() and _nothing_left(Path(folder, "out"))
+
+
+def test_a_graph_is_not_compressed(called: Callable[..., Result]) -> None:
+    """Steps rewrite modules: an ONNX file must be refused before any work, and samples for a model that has its own."""
+    Path("m.onnx").write_bytes(b"\x08\x0a\x3a\x02\x12\x00")
+    code, document, said = called("compress", "m.onnx", "--recipe", "digits-svd", "-o", "out")
+    assert (code, document["error"]["code"]) == (2, "DT204") and "before it is exported" in said
+    code, document, _ = called("export", "digits", *EXPORT, "--samples", "m.onnx")
+    assert (code, document["error"]["code"]) == (2, "DT201") and not Path("out").exists()
+    code, document, _ = called("export", "m.onnx", *EXPORT)
+    assert code == 4 and "only its graph" in document["targets"][0]["reason"]
