@@ -78,6 +78,38 @@ def prepare(
     return Prepared(folder, fingerprint, found is not None, time.perf_counter() - started, info)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One prepared folder of the cache; `used_unix_seconds` is when a run last found it."""
+
+    name: str
+    model: str
+    size_bytes: int
+    used_unix_seconds: float
+
+
+def entries() -> list[Entry]:
+    """What is kept, the longest unused first; folders that are just being made are left out."""
+    found = []
+    for folder in sorted((worker.cache_folder() / "lowered").glob("[!.]*")):
+        try:
+            model = str(read_json(folder / "prepared.json")["name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            model = "?"
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        found.append(Entry(folder.name, model, size, folder.stat().st_mtime))
+    return sorted(found, key=lambda entry: entry.used_unix_seconds)
+
+
+def drop(unused: Sequence[Entry]) -> None:
+    """Remove entries; each first gets a name under which no run looks for it, so that none finds half of one."""
+    lowered = worker.cache_folder() / "lowered"
+    for entry in unused:
+        away = lowered / f".gone-{entry.name}"
+        (lowered / entry.name).rename(away)
+        shutil.rmtree(away)
+
+
 def _find(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any]) -> Path | None:
     entry = _read_index(index)
     if entry is None:

@@ -35,8 +35,11 @@ COMMANDS = {
     "report": "Render results as a table, Markdown or HTML",
     "targets": "List, show or probe the targets",
     "models": "List the shipped models",
+    "init": "Write a model file to start from",
+    "cache": "Show or empty the cache of lowered models",
     "doctor": "Say what is missing here and how to fix it",
     "explain": "Explain an error code",
+    "completion": "Print a shell's completion script",
 }
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
