@@ -18,23 +18,25 @@ from deploytool.worker import Limits
 @click.option("--aa", "against_itself", is_flag=True, help="Time the artifact against itself: the machine's noise.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 65536),
               help="Measure throughput at this batch size instead; repeat it.")  # fmt: skip
+@click.option("--roofline", is_flag=True, help="Tell what share of the machine's speed it reaches.")
 @options.seed_option
 @options.limits_options
 @options.quiet_option
 @options.json_option
 def command(
-    artifacts: tuple[Path, ...], seconds: float, against_itself: bool, batches: tuple[int, ...], seed: int,
-    limits: Limits, quiet: bool, as_json: bool,
+    artifacts: tuple[Path, ...], seconds: float, against_itself: bool, batches: tuple[int, ...], roofline: bool,
+    seed: int, limits: Limits, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Time the first of ARTIFACTS against the others, interleaved; alone, against its eager model."""
     from deploytool.pipeline.again import bench_again
     from deploytool.pipeline.export import Options
-    from deploytool.pipeline.timing import noise_of, throughput_of
+    from deploytool.pipeline.timing import noise_of, roofline_of, throughput_of
 
     how = Options(out=artifacts[0], bench_seconds=seconds, seed=seed, limits=limits)
-    if ((against_itself or batches) and len(artifacts) > 1) or (against_itself and batches):
-        raise UsageProblem("DT201", "--aa and --batch each look at one artifact alone (got more)",
-                           fix="name one artifact, and one of the two")  # fmt: skip
+    alone = [against_itself, bool(batches), roofline]
+    if any(alone) and (len(artifacts) > 1 or sum(alone) > 1):
+        raise UsageProblem("DT201", "--aa, --batch and --roofline each look at one artifact alone (got more)",
+                           fix="name one artifact, and one of the three")  # fmt: skip
     if batches:
         result = throughput_of(artifacts[0], list(dict.fromkeys(batches)), how)
         lines = [f"batch {r['batch']}: {r['items_per_s']:.1f} items/s, p50 {r['p50_ms']:.3f} ms over {r['runs']} runs"
@@ -42,6 +44,9 @@ def command(
     elif against_itself:
         result = noise_of(artifacts[0], how, options.say(quiet))
         lines = [*_lines(result), _noise_line(result["noise"])]
+    elif roofline:
+        result = roofline_of(artifacts[0], how, options.say(quiet))
+        lines = [*_lines(result), _roofline_line(result["roofline"])]
     else:
         result = bench_again(artifacts, how, options.say(quiet))
         lines = _lines(result)
@@ -53,6 +58,11 @@ def command(
 
 def _noise_line(noise: dict[str, Any]) -> str:
     return f"  noise floor: differences below {noise['detectable']:.1%} cannot be seen in this time on this machine"
+
+
+def _roofline_line(found: dict[str, Any]) -> str:
+    return (f"  roofline: {found['floor_ms']:.3f} ms at least, by {found['bound']}; {found['share']:.0%} of it reached "
+            f"({found['flops'] / 1e9:.0f} GFLOP/s, {found['read_bytes_per_s'] / 1e9:.1f} GB/s)")  # fmt: skip
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

@@ -1,19 +1,24 @@
-"""Finished artifacts timed by themselves: the machine's noise floor, and throughput over batch sizes."""
+"""Finished artifacts timed by themselves: noise floor, throughput over batch sizes, share of the roofline."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deploytool import worker
 from deploytool.artifact import GOLDEN
 from deploytool.bench.compare import compare
-from deploytool.bench.environment import environment
+from deploytool.bench.environment import environment, usable_cores
 from deploytool.bench.noise import ITSELF, noise_floor
+from deploytool.bench.roofline import roofline
+from deploytool.bench.serve import THREAD_LIMITS
 from deploytool.bench.throughput import throughput
 from deploytool.cases import case_files
-from deploytool.pipeline.again import _one_artifact
+from deploytool.errors import InputRefused
+from deploytool.pipeline.again import _model_of, _one_artifact
 from deploytool.pipeline.export import SCHEMA_VERSION, Options, Say
 
 
@@ -31,3 +36,27 @@ def throughput_of(path: Path, batches: Sequence[int], options: Options) -> dict[
         rows = throughput(artifact, artifact.folder / GOLDEN, batches, Path(work), options.limits,
                           seconds=options.bench_seconds, seed=options.seed)  # fmt: skip
     return {"schema_version": SCHEMA_VERSION, "artifact": str(path), "environment": environment(), "throughput": rows}
+
+
+def roofline_of(path: Path, options: Options, say: Say) -> dict[str, Any]:
+    """One artifact's time against the least that this machine allows; what `bench --roofline` prints.
+
+    Operations are those of the model that it was made from, on the case that is timed; bytes are its files.
+    """
+    with _one_artifact(path) as artifact:
+        ref = _model_of(artifact)
+        if ref is None or not ref.has_module:
+            raise InputRefused("DT301", "the artifact's PyTorch model must be here to count its operations",
+                               fix="export it again from its model")  # fmt: skip
+        case = case_files(artifact.folder / GOLDEN)[0]
+        say("counting operations")
+        flop = worker.run(f"counting {ref.name}", "deploytool.load.flops:flops_job", options.limits,
+                          ref=asdict(ref), case=str(case))  # fmt: skip
+        timed = compare(artifact, {}, case, limits=options.limits, budget_seconds=options.bench_seconds,
+                        seed=options.seed, report=say)  # fmt: skip
+        threads = int(artifact.settings.get("threads") or 0) or usable_cores()
+        with worker.Worker("bench roofline", options.limits, THREAD_LIMITS) as machine:
+            machine.create("deploytool.bench.roofline:Machine", threads=threads)
+            peaks = machine.invoke("peaks")
+        found = roofline(timed["p50_ms"], flop, artifact.size_bytes, peaks)
+    return {"schema_version": SCHEMA_VERSION, "artifact": str(path), **timed, "roofline": found}
