@@ -73,6 +73,9 @@ def allowed(
             return _RECURRENT_INT8, "what int8 may cost in a recurrent layer"
         noise = sum(_step_noise(node, values) for node in region) + _step(_plain(result)) / math.sqrt(12)
         return _STEP_HEADROOM * noise / size, f"{_STEP_HEADROOM:g} times the rounding of 7 and 8 bit steps here"
+    if precision.startswith("int") and any(node.kind in _SUMS and node.constants for node in region):
+        bound = _STEP_HEADROOM * _step(_plain(result)) / math.sqrt(12) / size
+        return bound, f"{_STEP_HEADROOM:g} times the rounding of 8 bits, which quantizers correct biases for"
     unit, headroom, name = _UNITS["fp32"], _FLOAT_HEADROOM, "fp32"
     if precision == "fp16":
         unit, headroom, name = _UNITS["fp16"], _HALF_HEADROOM, "fp16"

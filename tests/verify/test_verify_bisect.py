@@ -15,13 +15,14 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploytool.artifact import Artifact
+from deploytool.backends.cut import CutNode
 from deploytool.backends.onnxruntime import open_session
 from deploytool.cases import Case
 from deploytool.errors import InputRefused
 from deploytool.signature import Signature, TensorSpec
 from deploytool.storage import write_json
 from deploytool.verify.bisect import Search, bisect_job
-from deploytool.verify.rounding import distance
+from deploytool.verify.rounding import allowed, distance
 from deploytool.verify.told import described
 
 WIDTH, ROWS = 16, 40
@@ -243,3 +244,16 @@ def test_masks_are_compared_by_sign() -> None:
     a = np.array([0.5, -3e38, 1.0], np.float32)
     assert distance(a, np.array([0.5, -65504.0, 1.0], np.float16)) == 0
     assert distance(a, np.array([0.5, 0.1, 1.0], np.float32)) == float("inf")
+
+
+def test_what_int8_may_cost_is_no_excuse_for_fp32() -> None:
+    """Quantized operators, and biases corrected for them, may cost 8-bit steps where int8 is promised, only there."""
+    rng = np.random.default_rng(0)
+    values = {"x": rng.standard_normal((4, 64)), "w": rng.standard_normal((64, 8)), "b": rng.standard_normal(8)}
+    product = CutNode("p", "MatMul", {0: "x"}, ("y",), {1: "w"})
+    addition = CutNode("a", "Add", {0: "y"}, ("z",), {1: "b"})
+    integer = CutNode("i", "MatMulInteger", {0: "x"}, ("y",), {1: "w"})
+    result = values["x"] @ values["w"]
+    for region, there in (((product,), (integer,)), ((addition,), (addition,))):
+        promised, excused = (allowed(region, there, values.get, result, p)[0] for p in ("fp32", "int8"))
+        assert promised < 1e-3 < 5e-3 < excused < 0.2
