@@ -17,7 +17,9 @@ Change = tuple[str, Any]  # ("build.reduce_range", False)
 CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
     ("torchscript", "fp32"): {"optimize": (False,)},
     ("fbgemm", "int8"): {"keep_fp32": (0,), "weight_bits": (8,), "embeddings": (True,)},
+    ("onnxruntime", "fp32"): {"arena": (False,)},
     ("onnxruntime", "int8"): {
+        "arena": (False,),
         "keep_fp32": (0,),
         "reduce_range": (False,),
         "op_types": (("MatMul", "LSTM", "Attention", "Gather"),),
@@ -27,8 +29,8 @@ CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
 # 8-bit weights saturate in the kernels of CPUs without VNNI: not offered there.
 _NEEDS_VNNI: tuple[Change, ...] = (("reduce_range", False), ("weight_bits", 8))
 _VNNI = {"avx512_vnni", "avx_vnni"}
-# Settings that make the file smaller and not quicker: tried for that objective only.
-_FOR_SIZE = {"embeddings", "op_types"}
+# Settings that make the file or the process smaller and not quicker: tried for that objective only.
+_ONLY_FOR = {"embeddings": "size", "op_types": "size", "arena": "memory"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def build_choices(profile: Target, objective: str) -> list[Change]:
     found: list[Change] = []
     for key, values in CHOICES.get((profile.backend, profile.precision), {}).items():
         for value in values:
-            wanted = (vnni or (key, value) not in _NEEDS_VNNI) and (objective == "size" or key not in _FOR_SIZE)
+            wanted = (vnni or (key, value) not in _NEEDS_VNNI) and _ONLY_FOR.get(key, objective) == objective
             if wanted and profile.build.get(key) != (list(value) if isinstance(value, tuple) else value):
                 found.append((f"build.{key}", value))
     return found
