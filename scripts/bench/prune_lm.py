@@ -113,9 +113,9 @@ def main() -> int:
     dense = args.dense or perplexity(source, args.eval_windows)
     before = measure(source, evaluate=False)
     context = Context(source, Calibration(samples=args.windows), 0, lambda line: print(line, file=sys.stderr))
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     pruned, report = step.apply(source, settings, context)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = peak_bytes()
     source = dataclasses.replace(source, module=torch.nn.Identity())
     after = perplexity(pruned, args.eval_windows)
@@ -124,6 +124,7 @@ def main() -> int:
         "model": "smollm2", "settings": settings.model_dump(mode="json"), "layers": len(report["layers"]),
         "sparsity": sum(layer["zeros"] for layer in report["layers"]) / elements,
         "perplexity_before": dense, "perplexity_after": after, "ratio": after / dense, "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_loaded_bytes": loaded, "peak_bytes": peak, "before": before,
         "after": measure(pruned, evaluate=False), "threads": torch.get_num_threads(), "machine": platform.processor(),
     }, indent=2))  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from deploytool.compress.matrices import matrix, matrix_layers
@@ -27,7 +28,9 @@ from deploytool.compress.prune.tables import Magnitude, Structured
 from deploytool.compress.prune.units import find_groups
 from deploytool.compress.step import Calibration, Context
 from deploytool.errors import InputRefused, UsageProblem
+from deploytool.load.causal_lm import CausalLM, causal_inputs, causal_samples
 from deploytool.load.compressed import save_compressed
+from deploytool.load.infer import infer_signature
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
 from deploytool.load.surgery import shell, with_module
@@ -36,6 +39,7 @@ from deploytool.source import Source
 FRESH = """
 import sys, numpy, torch
 torch.set_num_threads(1)
+from deploytool.load.infer import infer_signature
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
 source = open_source(resolve(sys.argv[1]))
@@ -178,6 +182,46 @@ def test_a_model_that_counts_its_heads_otherwise_is_left_alone(digits: Source) -
 
 def _scaled_by_width(attention: nn.Module, x: Tensor) -> Tensor:
     return type(attention).forward(attention, x) * (attention.q.out_features / 64)
+
+
+def test_heads_of_a_hugging_face_encoder_go(tmp_path: Path) -> None:
+    """Heads and neurons of a BERT folder must go, its own counts of heads with them, and the result open again."""
+    config = transformers.BertConfig(vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=6,
+                                     intermediate_size=40, architectures=["BertModel"])  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    source = open_source(resolve(str(tmp_path / "bert")))
+    pruned, report = _run(source, remove=0.5, samples=3)
+    assert [(e["units"], e["after"]) for e in report["layers"]] == [("heads", 3), ("neurons", 20)] * 2
+    attention = next(m for m in pruned.module.modules() if hasattr(m, "num_attention_heads"))
+    assert attention.num_attention_heads == 3 and attention.query.out_features == 12
+    save_compressed(pruned, source, {"steps": []}, tmp_path / "out", overwrite=False)
+    again = open_source(resolve(str(tmp_path / "out")))
+    feeds = next(iter(source.samples()))
+    inputs = [feeds[name] for name in source.signature.input_names]
+    torch.testing.assert_close(again.flat(*inputs)[0], pruned.flat(*inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_keeps_the_heads_that_its_cache_counts(tiny: Source) -> None:
+    """Gated neurons of a language model must go; heads whose number stands in its inputs must stay, and be told."""
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=48, intermediate_size=40, num_hidden_layers=2,
+                                      num_attention_heads=6, num_key_value_heads=3, head_dim=8)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = CausalLM(transformers.LlamaForCausalLM(config).eval()).eval().requires_grad_(False)
+    samples = causal_samples(module, lambda text: [ord(letter) % 50 for letter in text])
+    signature = infer_signature(module, samples, causal_inputs(config))
+    source = with_module(dataclasses.replace(tiny, signature=signature, samples=lambda: iter(samples)), module)
+    pruned, report = _run(source, remove=0.5)
+    assert [(e["units"], e["makers"][0][-9:], e["after"]) for e in report["layers"]] == [
+        ("neurons", "gate_proj", 20)
+    ] * 2
+    reasons = {e["layer"][-18:]: e["reason"] for e in report["skipped"]}
+    assert "not what it is" in reasons["1.self_attn.q_proj"]
+    sample = samples[1]
+    outputs = pruned.flat(*(sample[name] for name in signature.input_names))
+    assert [tuple(o.shape) for o in outputs[:2]] == [(1, 16, 50), (1, 3, 16, 8)]
 
 
 @pytest.mark.parametrize("importance", ["activation", "magnitude", "taylor", "reconstruction"])
