@@ -74,10 +74,11 @@ class Planted:
             ms[entrant.key] = [
                 [milliseconds(self.configs[entrant.key], case) * e for e in noise[case]] for case in range(2)
             ]
-        return {"ms": ms, "joules": None, "guard": [1.0, 1.0]}
+        joules = {key: [[100 / ms for ms in turns] for turns in cases] for key, cases in ms.items()}
+        return {"ms": ms, "joules": joules, "guard": [1.0, 1.0]}
 
     def peak_rss_bytes(self, entrant: Entrant) -> int:
-        return 1_000_000
+        return 3_000_000 if self.configs[entrant.key].profile.backend == "torchscript" else 4_000_000
 
     def close(self, key: str) -> None: ...
 
@@ -179,3 +180,11 @@ def test_a_small_budget_is_kept(ask: Ask) -> None:
     """Without time nothing but the first configuration is tried, and the search says so."""
     search, chosen, _ = ask(budget_seconds=1e-6)
     assert list(search.trials) == ["ort"] and chosen.config.name == "ort" and search.out_of_time
+
+
+def test_other_objectives(ask: Ask) -> None:
+    """For memory the leanest process is chosen, for energy what takes fewest joules, however slow."""
+    _, lean, _ = ask(objective="memory", seed=1)
+    assert lean.config.profile.backend == "torchscript"
+    _, frugal, _ = ask(objective="energy", seed=2)
+    assert frugal.config.profile.name == "torchscript"  # the slowest here takes least
