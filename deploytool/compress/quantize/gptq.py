@@ -53,17 +53,20 @@ def inverse_root(moments: Tensor, damping: float) -> tuple[Tensor, float]:
     H [n, n] is float64, symmetric, without zeros on its diagonal; d = damping * mean of its diagonal. Where rounding
     errors keep H + d I from being positive definite, damping grows tenfold. Raises BackendFailed when that is no help.
     """
-    mean = float(moments.diagonal().mean())
+    # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U = R^-1, and reading backwards and
+    # inverting may change places. Few matrices of this size at once: they are what takes memory here.
+    backwards = moments.flip(0, 1)
+    mean, before = float(moments.diagonal().mean()), 0.0
     for _ in range(_RAISES):
-        damped = moments.clone()
-        damped.diagonal().add_(damping * mean)
-        # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U = R^-1.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        backwards.diagonal().add_((damping - before) * mean)
+        lower, failed = torch.linalg.cholesky_ex(backwards)
         if not int(failed):
-            upper = lower.flip(0, 1)
-            one = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            return torch.linalg.solve_triangular(upper, one, upper=True), damping
-        damping *= 10
+            del backwards
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            return inverse.flip(0, 1), damping
+        damping, before = 10 * damping, damping
     raise BackendFailed("DT504", "the second moments of a layer's inputs must become positive definite with damping "
                         f"(got none up to {damping / 10:g})",
                         fix="give more calibration samples, or exclude the layer")  # fmt: skip
@@ -75,14 +78,16 @@ def gptq(weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = N
     weight [rows, n]; moments [n, n] float64: sum of x x^T over the inputs; `keep` bool [rows, n]: False stays zero.
     Inputs that were always zero are rounded to nearest.
     """
-    dead = moments.diagonal() == 0
-    moments = moments.clone()
-    moments.diagonal().masked_fill_(dead, float(moments.diagonal().mean()) or 1.0)
+    strength = moments.diagonal().clone()
+    strength.masked_fill_(strength == 0, float(strength.mean()) or 1.0)
     n = weight.shape[1]
     order = torch.arange(n)
     if how.order == "activation":
-        order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    root, damping = inverse_root(moments[order][:, order], how.damping)
+        order = torch.argsort(strength, descending=True, stable=True)
+    ordered = moments[order[:, None], order]
+    ordered.diagonal().copy_(strength[order])
+    root, damping = inverse_root(ordered, how.damping)
+    del ordered
     root = root.float()
     encoding = how.grid(weight)
     scale, zero = encoding.scale.T.contiguous(), encoding.zero_point.T.contiguous()  # [groups, rows]
