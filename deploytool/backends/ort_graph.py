@@ -92,7 +92,7 @@ def _loaded(portable: Artifact) -> ir.Model:
 
 def _plans(model: ir.Model, options: tables.OnnxRuntimeBuild, bits: int, inputs: dict[str, Any]) -> dict[str, Plan]:
     """How each matrix is stored, by name; those that `exclude` names stay fp32."""
-    found = {p.name: p for p in (*products(model.graph), *embedded(model.graph))
+    found = {p.name: p for p in (*embedded(model.graph), *products(model.graph))
              if not any(fnmatchcase(p.name, pattern) for pattern in options.exclude)}  # fmt: skip
     plans = {name: Plan(bits, _group(product, options.group), options.activations) for name, product in found.items()}
     for name in _eight_bits(found, plans, options.int8_share, inputs) if bits == 4 else ():
@@ -107,7 +107,10 @@ def _group(product: Product, wanted: int) -> int:
 
 
 def _eight_bits(found: dict[str, Product], plans: dict[str, Plan], share: float, inputs: dict[str, Any]) -> list[str]:
-    """The matrices that lose most from 4 bits for each byte that 8 would cost, up to `share` of all weights."""
+    """The matrices that lose most from 4 bits for each byte that 8 would cost, up to `share` of all weights.
+
+    Those that make the outputs come first: nothing after them evens their errors out.
+    """
     budget = share * sum(p.size for p in found.values())
     if not budget:
         return []
@@ -118,7 +121,8 @@ def _eight_bits(found: dict[str, Product], plans: dict[str, Plan], share: float,
         counts = inputs.get(name, 1.0)
         loss[name] = float((off * off * counts).sum() / max((exact * exact * counts).sum(), 1e-30)) / product.size
     chosen: list[str] = []
-    for name in sorted(loss, key=lambda n: (-loss[n], n)):
+    last = {name for name, product in found.items() if product.node.outputs[0].is_graph_output()}
+    for name in sorted(loss, key=lambda n: (n not in last, -loss[n], n)):
         if found[name].size <= budget:
             chosen.append(name)
             budget -= found[name].size
