@@ -53,7 +53,7 @@ def step(**settings: Any) -> str:
 
 
 def tsld(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity of three seeds each, from one fp32 model trained here, at equal steps."""
+    """Perplexity of each seed, from one fp32 model trained here, at equal steps."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "lm.pt"
         os.environ["TRAINING_LM_WEIGHTS"] = str(weights)
@@ -68,7 +68,7 @@ def tsld(arguments: argparse.Namespace) -> dict[str, Any]:
             "tsld": {"towards": "both", "match": "tsld", "token_temperature": 10.0},
         }
         found: dict[str, list[float]] = {name: [] for name in losses}
-        for seed in range(3):
+        for seed in arguments.seeds:
             for name, settings in losses.items():
                 _, done = run(str(LM), step(**grid, **settings), seed)
                 found[name].append(done["after"]["metrics"]["perplexity"])
@@ -174,7 +174,8 @@ def main() -> None:
     parts = {"tsld": tsld, "qat": qat, "half": half, "killed": killed, "memory": memory}
     parser.add_argument("part", choices=[*parts, "child"])
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--steps", type=int, default=120, help="of two-bit training")
+    parser.add_argument("--steps", type=int, default=80, help="of two-bit training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2, help="of the fp32 language model")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
