@@ -29,7 +29,7 @@ from deploytool.results import Verdict
 from deploytool.signature import Outputs
 from deploytool.source import ModelRef
 from deploytool.target import Target
-from deploytool.verify.derived import derived_limits
+from deploytool.verify.derived import arithmetic, derived_limits
 from deploytool.verify.judge import judge_parity, judge_quality
 from deploytool.verify.sizes import unseen
 
@@ -136,7 +136,7 @@ def _verify_with(name: str, artifact: Artifact, reference: Reference, options: O
                            fix="name the model that it was exported from with --model")  # fmt: skip
     noise = reference.noise()
     parity = {**reference.verify(artifact), "noise": noise}
-    parity["derived"] = derived_limits(noise, artifact.precision, limits)
+    parity["derived"] = derived_limits(noise, arithmetic(artifact), limits)
     quality, generation = reference.quality_of(artifact, options.quality)
     wrong = judge_parity(parity, limits) + judge_quality(quality, generation, limits)
     changed = artifact.model["fingerprint"] != reference.prepared.fingerprint

@@ -34,7 +34,7 @@ from deploytool.lower.prepare import prepare_job
 from deploytool.source import ModelRef
 from deploytool.target import load_target
 from deploytool.verify.bisect import bisect_job
-from deploytool.verify.derived import derived_limits
+from deploytool.verify.derived import arithmetic, derived_limits
 from deploytool.verify.judge import judge_parity
 from deploytool.verify.parity import parity_job
 
@@ -82,7 +82,7 @@ class Model:
             parity = parity_job(str(folder), str(self.prepared / "cases"))
         except DeployError as error:
             return [str(error)], {}
-        parity["derived"] = derived_limits(self.noise, profile.precision, profile.parity)
+        parity["derived"] = derived_limits(self.noise, arithmetic(Artifact.load(folder, check=False)), profile.parity)
         return judge_parity(parity, profile.parity), parity
 
 

@@ -26,7 +26,7 @@ def of(precision: str, **figures: float) -> dict[str, Any]:
         ("fp32", {"fp64": 1e-9}, 512 * 2.0**-24, "the least for fp32"),
         ("fp32", {"fp64": 0.1}, error_max(0.98), "the profile's cosine_min, less than 16 times"),
         ("fp16", {"fp16": 2e-3, "int8": 1.0}, 1.6e-2, "rounded to half precision"),
-        ("int8", {"int8": 0.02}, 0.08, "7-bit weights"),
+        ("int8", {"int8": 0.02}, 0.12, "7-bit weights"),
         ("int8", {"fp64": 1e-6}, error_max(0.98), "is not known"),
         ("int4", {"int8": 0.02}, error_max(0.98), "is not known"),
     ],
