@@ -44,7 +44,8 @@ def test_samples_of_the_user_are_what_is_compared(exported: Exported, tmp_path: 
     with np.load(tmp_path / "out/ort/golden/000.npz") as case:
         assert (case["in.input_ids"] == ids).all()
     again = verify_again(tmp_path / "out" / "ort", None, Options(out=tmp_path), lambda line: None)
-    assert again["targets"][0]["status"] == "ok" and again["targets"][0]["findings"] == []
+    said = " ".join(again["targets"][0]["findings"])
+    assert again["targets"][0]["status"] == "ok" and "changed" not in said and "not here" not in said
 
 
 def test_a_changed_weight_is_found(exported: Exported, tmp_path: Path) -> None:
