@@ -48,8 +48,8 @@ def test_cache_lists_and_clears_what_is_not_in_use(lowered: Path, capsys: pytest
 def test_init_writes_a_model_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The written file must open as it is, with every hook, and never replace a file unasked."""
     pytest.importorskip("torch")
-    from deploytool.load.model import open_source
     from deploytool.compress.run import predict
+    from deploytool.load.model import open_source
     from deploytool.source import ModelRef
 
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,8 @@ from typing import Any
 from deploytool.artifact import Artifact
 from deploytool.backends.base import Request, build_artifact, find_backend
 from deploytool.cases import read_cases
-from deploytool.errors import InputRefused
 from deploytool.encoding import ENCODINGS
+from deploytool.errors import InputRefused
 from deploytool.signature import Outputs, Signature
 from deploytool.source import ModelRef, Source
 from deploytool.storage import read_json

@@ -120,8 +120,9 @@ def _joined(parts: list[Moments]) -> Moments:
     """One for all; a layer may read together with others in some calls and alone in others."""
     if len(parts) == 1:
         return parts[0]
-    sums = (torch.stack([getattr(part, key) for part in parts]).sum(dim=0) for key in ("gram", "cross"))
-    return Moments(*sums, sum(part.rows for part in parts))
+    gram = torch.stack([part.gram for part in parts]).sum(dim=0)
+    cross = torch.stack([part.cross for part in parts]).sum(dim=0)
+    return Moments(gram, cross, sum(part.rows for part in parts))
 
 
 def _check_finite(sums: dict[str, Tensor]) -> None:

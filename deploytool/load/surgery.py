@@ -6,7 +6,6 @@ An edit is {"kind": a key of EDITS, "layer": the layer's dotted name, ...}. A co
 from __future__ import annotations
 
 import copy
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,8 +16,8 @@ from deploytool.errors import InputRefused, nearest
 from deploytool.load.attention_routing import Pattern, reroute
 from deploytool.load.factors import embedding_pair, tucker_layers
 from deploytool.load.flat import FlatModule
-from deploytool.load.input_grid import add_input_grid
 from deploytool.load.fourier import FourierMixing
+from deploytool.load.input_grid import add_input_grid
 from deploytool.load.plain_attention import plain
 from deploytool.load.resize import resize, set_number
 from deploytool.source import Source
@@ -32,12 +31,6 @@ def with_module(source: Source, module: nn.Module, **changes: Any) -> Source:
     module.eval().requires_grad_(False)
     names = source.signature.input_names, source.signature.output_names
     return dataclasses.replace(source, module=module, flat=FlatModule(module, *names), **changes)
-
-
-def shell(module: nn.Module) -> nn.Module:
-    """A copy of the structure that shares every tensor: for steps that replace parameters and write into none."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def shell(module: nn.Module) -> nn.Module:
@@ -88,6 +81,7 @@ EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "keep_items": lambda root, edit: keep_items(root, edit["layer"], edit["items"]),
     "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
     "attention_pattern": lambda root, edit: reroute(root, edit["layer"], Pattern(**edit["pattern"])),
+    "number": lambda root, edit: set_number(root, edit["layer"], edit["attribute"], edit["value"]),
     "conv_tucker": lambda root, edit: replace_layer(
         root, edit["layer"], tucker_layers(root.get_submodule(edit["layer"]), edit["inputs"], edit["outputs"])
     ),
@@ -97,7 +91,6 @@ EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "fourier": lambda root, edit: replace_layer(
         root, edit["layer"], FourierMixing(edit["width"], edit["tokens"], edit["keyword"], edit["outputs"])
     ),
-    "number": lambda root, edit: set_number(root, edit["layer"], edit["attribute"], edit["value"]),
     "plain_attention": lambda root, edit: replace_layer(root, edit["layer"], plain(root.get_submodule(edit["layer"]))),
     "resize": lambda root, edit: resize(root, edit["layer"], edit["inputs"], edit["outputs"]),
 }
