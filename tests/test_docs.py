@@ -128,7 +128,7 @@ def test_the_tables_are_complete() -> None:
 def _paths(data: Any, path: str = "") -> Iterator[str]:
     """Every leaf's path, names that the model or the machine chooses replaced by NAME."""
     if isinstance(data, Mapping):
-        chosen = re.search(r"(outputs|quality|against|packages|block_medians_ms|by_precision|delegated)$", path)
+        chosen = re.search(r"(outputs|sizes|quality|against|packages|block_medians_ms|by_precision|delegated)$", path)
         for key, value in data.items():
             yield from _paths(value, f"{path}.{'NAME' if chosen else key}".lstrip("."))
     elif isinstance(data, list) and data and isinstance(data[0], Mapping):
