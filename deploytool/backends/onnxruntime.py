@@ -19,7 +19,6 @@ from deploytool.backends.ort_generate import SharedCache
 from deploytool.backends.ort_rows import run_rows
 from deploytool.decoding import PAST, PRESENT, decodes
 from deploytool.errors import BackendFailed, UsageProblem
-from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 
 ENTRY = "model.onnx"
@@ -61,12 +60,12 @@ class OnnxRuntime:
             shutil.copyfile(ort_generate.__file__, request.out / "generate.py")
         return Built("onnx", ENTRY, request.target.precision, settings=settings)
 
-    def open(self, artifact: Artifact) -> Runner:
-        """Open the graph with the session settings of the artifact."""
+    def open(self, artifact: Artifact, profile: str = "") -> SessionRunner:
+        """Open the graph with the session settings of the artifact; `profile` as in open_session."""
         level = str(artifact.settings.get("optimization", "all"))
         given = {key: artifact.settings[key] for key in ("spinning", "without", "arena", "flush")
                  if key in artifact.settings}  # fmt: skip
-        session = open_session(artifact.main_file, threads_of(artifact), level, **given)
+        session = open_session(artifact.main_file, threads_of(artifact), level, profile=profile, **given)
         return SessionRunner(session, artifact.signature, single_rows=artifact.settings.get("rows") == "single")
 
 
@@ -119,13 +118,17 @@ def _plain(portable: Artifact, out: Path, options: tables.OnnxRuntimeBuild) -> d
 
 def open_session(
     model: Path | bytes, threads: int, optimization: str = "all", *, spinning: bool = True,
-    without: Sequence[str] = (), arena: bool = True, flush: bool = False,
+    without: Sequence[str] = (), arena: bool = True, flush: bool = False, profile: str = "",
 ) -> ort.InferenceSession:  # fmt: skip
     """A session on the CPU of a file or a serialized graph; raises BackendFailed with the library's text.
 
-    The settings are those of the same names in `tables.OnnxRuntimeBuild` and of `[runtime]`.
+    The settings are those of the same names in `tables.OnnxRuntimeBuild` and of `[runtime]`. With `profile`, the start
+    of a file's name, the session writes down there what it runs.
     """
     options = ort.SessionOptions()
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush)))
     options.enable_cpu_mem_arena = arena

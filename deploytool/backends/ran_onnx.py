@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,11 @@ from typing import Any
 import onnx
 import onnx.defs
 import onnx.shape_inference
-import onnxruntime as ort
 from onnx import TensorProto
 
 from deploytool.artifact import Artifact
-from deploytool.backends.base import open_artifact
 from deploytool.backends.engine import threads_of
-from deploytool.backends.onnxruntime import SessionRunner, open_session
+from deploytool.backends.onnxruntime import BACKEND, SessionRunner, open_session
 from deploytool.backends.ran import Node, Shape, attention, convolution, product, recurrent
 from deploytool.signature import Feeds
 
@@ -38,15 +36,8 @@ Typed = tuple[str, list[int]]  # type and shape
 
 def read(artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
     """The nodes that ran for `feeds` in a session opened as the artifact's own is."""
-    runner = open_artifact(artifact)
-    if not isinstance(runner, SessionRunner):
-        raise TypeError(f"{type(runner).__name__} is no session")
-    with runner:
-        options = runner.session.get_session_options()
-        del runner.session  # before another one is made: they hold the weights
-        without = list(artifact.settings.get("without", ()))  # optimizers left out, which no options tell
-        nodes = _profiled(runner, artifact.main_file, options, feeds, without)
-        return "ONNX Runtime's profiler", list(nodes.values())
+    nodes = _profiled(lambda profile: BACKEND.open(artifact, profile), feeds)
+    return "ONNX Runtime's profiler", list(nodes.values())
 
 
 def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
@@ -54,9 +45,12 @@ def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
 
     Precisions are those that the graph writes down: ONNX Runtime puts casts around what its CPU has no kernel for.
     """
-    session = open_session(artifact.main_file, threads_of(artifact), "disabled")
-    runner = SessionRunner(session, artifact.signature)
-    ran = _profiled(runner, artifact.main_file, session.get_session_options(), feeds)
+
+    def opened(profile: str) -> SessionRunner:
+        session = open_session(artifact.main_file, threads_of(artifact), "disabled", profile=profile)
+        return SessionRunner(session, artifact.signature)
+
+    ran = _profiled(opened, feeds)
     model = onnx.shape_inference.infer_shapes(onnx.load(artifact.main_file), strict_mode=False)
     known = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in known}
@@ -71,15 +65,9 @@ def _written(node: onnx.NodeProto, types: Mapping[str, int], ran: Node) -> str:
     return _WRITTEN.get(types.get(name, 0), "other")
 
 
-def _profiled(
-    runner: SessionRunner, graph: Path, options: ort.SessionOptions, feeds: Feeds, without: Sequence[str] = ()
-) -> dict[str, Node]:
-    """The nodes that ran, by their names."""
-    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
-        options.enable_profiling = True
-        options.profile_file_prefix = f"{folder}/ran"
-        runner.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"],
-                                              disabled_optimizers=list(without))  # fmt: skip
+def _profiled(opened: Callable[[str], SessionRunner], feeds: Feeds) -> dict[str, Node]:
+    """The nodes that ran, by their names, in the one session that `opened` makes for a profile's place."""
+    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder, opened(f"{folder}/ran") as runner:
         runner.run(feeds)
         events = json.loads(Path(runner.session.end_profiling()).read_text(encoding="utf-8"))
     seen: dict[str, Node] = {}

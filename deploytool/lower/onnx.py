@@ -24,10 +24,14 @@ from deploytool.lower.onnx_write import ENTRY, save
 from deploytool.signature import Signature, TensorSpec
 from deploytool.source import Source
 from deploytool.storage import writing
+from deploytool.target import Runtime
 
 Exporter = Literal["auto", "torchscript", "dynamo"]
 
 OPSET = 18  # the newest that ONNX Runtime, OpenVINO and TensorRT all take; 23 and later fail in ONNX Runtime 1.31
+# How the plain ONNX Runtime target opens the graph, every setting: what is known of it then holds for that target too.
+SESSION: dict[str, Any] = {**Runtime().model_dump(mode="json"), "optimization": "all", "without": [], "arena": True,
+                           "flush": False}  # fmt: skip
 _EXAMPLES_SEEN = 64
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -53,7 +57,7 @@ def lower_onnx(
         save(model, out)
     return Artifact(
         folder=out, backend="onnxruntime", format="onnx", entry=ENTRY, precision="fp32", signature=source.signature,
-        settings={"threads": 0, "optimization": "all"},  # as the plain ONNX Runtime target opens it
+        settings=SESSION,
         history=(Step("lower", settings, versions(_PACKAGES), time.perf_counter() - started),),
     ).save()  # fmt: skip
 

@@ -13,7 +13,7 @@ import onnx_ir.passes.common as passes
 
 from deploytool.artifact import Artifact, Step, versions
 from deploytool.errors import InputRefused
-from deploytool.lower.onnx import OPSET
+from deploytool.lower.onnx import OPSET, SESSION
 from deploytool.lower.onnx_write import EMBED_LIMIT_BYTES, ENTRY, save
 from deploytool.source import Source
 from deploytool.storage import writing
@@ -55,7 +55,7 @@ def take_onnx(source: Source, out: Path) -> Artifact:
                                 "opset": model.opset_imports.get("", OPSET), "opset_of_the_file": was}  # fmt: skip
     return Artifact(
         folder=out, backend="onnxruntime", format="onnx", entry=ENTRY, precision="fp32", signature=source.signature,
-        settings={"threads": 0, "optimization": "all"},
+        settings=SESSION,
         history=(Step("lower", settings, versions(_PACKAGES), time.perf_counter() - started),),
     ).save()  # fmt: skip
 

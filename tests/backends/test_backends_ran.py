@@ -97,6 +97,20 @@ def test_a_plain_artifact_is_not_taken_for_int8(ran_by: Callable[[str], tuple[di
     assert (what_ran(lying, feeds) or {})["compute_by_precision"] == {"fp32": 1.0}
 
 
+def test_one_session_tells_it(ran_by: Callable[[str], tuple[dict[str, Any], Path]], monkeypatch: Any) -> None:
+    """A graph must be opened once to tell what runs of it: opening is most of the cost of a large one."""
+    import onnxruntime
+
+    opened: list[str] = []
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened.append(str(a[0])) or real(*a, **k))
+    for target in ("ort", "ort-int8", "trt"):
+        ran_by(target)
+        del opened[:]
+        ran_by(target)
+        assert len(opened) == 1, target
+
+
 def test_parity_tells_it_where_cases_are_kept(
     ran_by: Callable[[str], tuple[dict[str, Any], Path]], tmp_path: Path
 ) -> None:

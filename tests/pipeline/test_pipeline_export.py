@@ -241,6 +241,15 @@ def test_the_second_run_prepares_nothing(model: str, exported: Exported, inline:
     assert "build_job" in inline and "quality_job" in inline
 
 
+def test_the_plain_graph_is_verified_once(model: str, exported: Exported, inline: list[str], tmp_path: Path) -> None:
+    """The target that ships the portable graph as it is takes its figures from the check of that very graph."""
+    path = tmp_path / "fresh.py"
+    path.write_text(Path(model).read_text().replace("32", "24"))
+    (result,) = exported(str(path), "ort")["targets"]
+    assert result["status"] == "ok" and result["ran"]["flops"] == 2 * (8 * 24 + 24 * 4)
+    assert inline.count("parity_job") == 1 and (Path(result["artifact"]) / "golden" / "000.npz").is_file()
+
+
 @pytest.mark.parametrize("name", ["../up", "/abs", ".hidden", "", "a b", "a/b", "x" * 101])
 def test_a_target_cannot_be_named_like_a_path(name: str, profile: Profile, model: str, tmp_path: Path) -> None:
     """A profile's name becomes a folder's: it must not lead out of the output."""
