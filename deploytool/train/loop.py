@@ -128,7 +128,7 @@ def apply_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set to zero every weight whose mask is False."""
     with torch.no_grad():
         for name, mask in masks.items():
-            module.get_parameter(name).mul_(mask)
+            module.get_parameter(name).mul_(mask).add_(0.0)  # minus zero becomes zero, which a folder stores as one bit
 
 
 class _Objective(nn.Module):

@@ -64,6 +64,14 @@ def test_masked_weights_stay_zero() -> None:
     assert torch.equal(model[0].weight != 0, mask) and (model[0].weight[mask] != start[mask]).all()
 
 
+def test_masked_weights_are_plain_zeros() -> None:
+    """A masked weight must be zero in all bits: minus zero is stored as a value of its own."""
+    model = _model()
+    mask = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) > 0.5
+    _train(model, Schedule(2, 0.01), {"0.weight": mask})
+    assert not model[0].weight[~mask].signbit().any()
+
+
 def test_it_learns() -> None:
     """The loss on a learnable task must fall to less than a third."""
     losses = _train(_model(), Schedule(60, 0.02))
