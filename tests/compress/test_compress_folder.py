@@ -20,6 +20,7 @@ from deploytool.compress.recipe import parse_recipe
 from deploytool.compress.run import compress, compress_job, judge
 from deploytool.errors import CheckFailed, DeployError, InputRefused, IntegrityBroken, UsageProblem
 from deploytool.load.compressed import save_compressed
+from deploytool.load.grid import lies_on
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
 from deploytool.load.surgery import apply_edits
@@ -134,6 +135,13 @@ def test_zeros_stay_when_a_folder_is_trained_again(tiny_ref: ModelRef, tmp_path:
     _job(resolve(str(tmp_path / "first")), tmp_path, '[[compress]]\nstep = "distill"\n', name="second")
     first, second = (open_source(resolve(str(tmp_path / name))).module.up.weight for name in ("first", "second"))
     assert torch.equal(first == 0, second == 0) and not torch.equal(first, second)
+
+
+def test_scaled_and_rounded_weights_are_written(tiny_ref: ModelRef, tmp_path: Path) -> None:
+    """A folder with grids that were searched by the layers' outputs must be written and give the same outputs."""
+    _job(tiny_ref, tmp_path, '[[compress]]\nstep = "awq"\nbits = 4\ngroup = 4\n', evaluate=False)
+    back = open_source(resolve(str(tmp_path / "out")))
+    assert len(back.encodings) == 2 and all(lies_on(back.module.state_dict()[n], e) for n, e in back.encodings.items())
 
 
 def _refused(folder: Path) -> DeployError:

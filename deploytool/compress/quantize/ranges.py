@@ -69,7 +69,7 @@ def choose(
             better = error < least
             least = torch.where(better, error, least)
             scale, zero = torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
-    return Encoding(bits, 0, group, scale, zero)
+    return Encoding(bits, 0, group, scale.contiguous(), zero.contiguous())
 
 
 def _weights(importance: Tensor, group: int) -> Tensor:
