@@ -141,14 +141,21 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
             size = sum(path.stat().st_size for path in graph.iterdir()) if graph.is_dir() else 0
             refuse_impossible(needs(size, targets, False), options.out, options.limits)
             reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
+            made: dict[str, dict[str, Any]] = {}  # plain ones that were built out of turn, each once
             for target in targets:
-                result = _one(target, reference, options, say, results)
+                if target.name in made:
+                    results.append(made[target.name])
+                    continue
+                result = _one(target, reference, options, say, [*results, *made.values()])
                 why = no_better(target, result) if options.keep_best else None
                 if why and target.plain:
                     say(f"{target.name}: {why}")
-                    found = [r for r in results if r["target"] == target.plain]
-                    plain = found or [_one(load_checked_target(target.plain), reference, options, say, results)]
-                    result = plain_instead(target, result, why, plain[0])
+                    known = {r["target"]: r for r in results} | made
+                    if target.plain not in known:
+                        plain = next((t for t in targets if t.name == target.plain), None)
+                        made[target.plain] = _one(plain or load_checked_target(target.plain), reference, options, say,
+                                                  results)  # fmt: skip
+                    result = plain_instead(target, result, why, (known | made)[target.plain])
                 results.append(result)
     report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),
               "targets": results}  # fmt: skip

@@ -14,6 +14,7 @@ from deploytool.errors import UsageProblem
 from deploytool.pipeline import export as pipeline
 from deploytool.pipeline.best import no_better
 from deploytool.pipeline.export import Options, make_plan
+from deploytool.storage import sha256_file
 from deploytool.target import load_target
 
 Exported = Callable[..., dict[str, Any]]
@@ -62,6 +63,21 @@ def test_the_plain_one_is_shipped(
     assert any("slower than the plain ort" in line for line in result["findings"])
     with opened(tmp_path / "out") as artifacts:
         assert list(artifacts) == ["ort"]
+
+
+@pytest.mark.parametrize("targets", [("ort-int8", "ort"), ("ort-int8", "ort-weight-int8")])
+def test_the_plain_one_is_built_once(
+    model: str, exported: Exported, planted: Callable[[str], None], targets: tuple[str, ...], monkeypatch: Any
+) -> None:
+    """All results of a plain artifact must be of the one that lies there: it is not built again over itself."""
+    planted("slower")
+    built: list[str] = []
+    real = pipeline._one
+    monkeypatch.setattr(pipeline, "_one", lambda target, *rest: built.append(target.name) or real(target, *rest))
+    results = exported(model, *targets, bench_seconds=1.0, keep_best=True)["targets"]
+    assert [r["target"] for r in results] == list(targets) and sorted(built) == sorted({*targets, "ort"})
+    digest = sha256_file(Path(results[0]["artifact"]) / "artifact.json")
+    assert {r["artifact_digest"] for r in results} == {digest}
 
 
 def test_a_faster_one_stays(model: str, exported: Exported, planted: Callable[[str], None]) -> None:
