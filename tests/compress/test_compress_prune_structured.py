@@ -47,6 +47,42 @@ numpy.savez(sys.argv[2], *[source.flat(s["image"])[0].numpy() for s in source.sa
 """
 
 
+RESIDUAL = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.outer = nn.Conv2d(12, 8, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.outer(torch.relu(self.norm(self.inner(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Conv2d(3, 8, 3), nn.Sequential(Block(), Block()), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def build():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+def samples():
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(8, 3, 6, 6, generator=generator)} for _ in range(8)]
+"""
+
+
 @pytest.fixture(scope="module")
 def digits() -> Source:
     return open_source(resolve("digits"))
@@ -243,6 +279,19 @@ def test_convolution_channels_go_with_their_normalization() -> None:
     assert (stage[0].in_channels, stage[0].out_channels, stage[1].num_features) == (12, 24, 24)
     assert stage[0].weight.shape == (24, 12, 3, 3) and stage[1].running_var.shape == (24,)
     assert _accuracy(pruned) > _accuracy(source) - 0.1
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_channels_of_a_residual_network_go(tmp_path: Path, reconstruct: bool) -> None:
+    """Layers that read one group of channels and make another must lose both, and the folder must open alike."""
+    (tmp_path / "net.py").write_text(RESIDUAL)
+    source = open_source(resolve(str(tmp_path / "net.py")))
+    pruned, report = _run(source, remove=0.5, reconstruct=reconstruct)
+    assert [block.inner.weight.shape for block in pruned.module.blocks] == [(6, 4, 3, 3)] * 2
+    assert [block.outer.weight.shape for block in pruned.module.blocks] == [(4, 6, 3, 3)] * 2
+    save_compressed(pruned, source, report, tmp_path / "out", overwrite=False)
+    back, x = open_source(resolve(str(tmp_path / "out"))), next(iter(source.samples()))["x"]
+    assert torch.equal(back.flat(x)[0], pruned.flat(x)[0])
 
 
 def test_a_fresh_process_gives_the_same_model(digits: Source, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,12 +37,16 @@ _HEADS = re.compile(r"n?(\w+_)?heads?")  # num_heads, n_head, nhead, num_attenti
 
 @dataclass
 class Removal:
-    """What goes from one group: kind, how many units, and in a run which, in what layers."""
+    """What goes from one group: kind, how many units, and in a run which, in what layers.
+
+    `rows` are the outputs [n] that removals before it have left of a layer, by its name; one object for all removals.
+    """
 
     group: Group
     kind: str
     count: int
     units: list[int]
+    rows: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 def apply(source: Source, settings: Structured, context: Context) -> tuple[Source, dict[str, Any]]:
@@ -55,7 +59,8 @@ def apply(source: Source, settings: Structured, context: Context) -> tuple[Sourc
     skipped += [{"layer": name, "reason": reason} for name, reason in why.items()]
     chosen = _chosen(pruned, groups, settings, skipped)
     counts = _counts(source, chosen, settings, samples)
-    removals = [Removal(g, kind(source, g), c, []) for g, c in zip(chosen, counts, strict=True) if c]
+    rows: dict[str, Tensor] = {}
+    removals = [Removal(g, kind(source, g), c, [], rows) for g, c in zip(chosen, counts, strict=True) if c]
     skipped += [{"layer": name, "reason": "none of its units was worth removing"}
                 for g, c in zip(chosen, counts, strict=True) if not c for name in g.makers]  # fmt: skip
     scores = unit_scores(source, [r.group for r in removals], settings, samples)
@@ -70,6 +75,7 @@ def apply(source: Source, settings: Structured, context: Context) -> tuple[Sourc
                 skipped += [{"layer": name, "reason": reason} for name in removal.group.makers]
                 continue
             edits += made
+            rows.update({n: _kept(removal, n, *sizes(source.module.get_submodule(n)))[1] for n in removal.group.makers})
             _shrink_masks(masks, removal)
             told.append(_told(removal))
             context.progress(f"structured: {removal.count} of {len(removal.group)} {removal.kind} of "
@@ -197,7 +203,7 @@ def _ignore(
             weight[:, _gone(columns(block.layers[name], name, removal.group), removal)] = 0
             set_matrix(block.layers[name], weight)
         return
-    readings = [_reading(block, before, name, removal.group) for name in readers]
+    readings = [_reading(block, before, name, removal) for name in readers]
     if scores is None:
         removal.units = sorted(removal_order(readings, settings.damping or ORDER_DAMPING, removal.count)[0])
     for name, reading in zip(readers, readings, strict=True):
@@ -212,8 +218,11 @@ def _gone(each: list[Tensor], removal: Removal) -> Tensor:
     return torch.cat([each[unit] for unit in removal.units])
 
 
-def _reading(block: Block, before: Block, name: str, group: Group) -> Reading:
-    """The reader's inputs now and before; its weight before, with the bias as a last column where it has one."""
+def _reading(block: Block, before: Block, name: str, removal: Removal) -> Reading:
+    """The reader's inputs now and before; its weight before, with the bias as a last column where it has one.
+
+    Of a reader that makes units itself only the outputs count that are left.
+    """
     layer = before.layers[name]
     weight, bias = matrix(layer).double(), layer.bias
     ones = isinstance(bias, Tensor)
@@ -225,7 +234,8 @@ def _reading(block: Block, before: Block, name: str, group: Group) -> Reading:
         held = left_out.gram, left_out.cross
     if isinstance(bias, Tensor):
         weight = torch.cat([weight, bias.detach().double()[:, None]], dim=1)
-    return Reading(weight, moments.gram, moments.cross, columns(layer, name, group), held)
+    weight = weight[removal.rows[name]] if name in removal.rows else weight
+    return Reading(weight, moments.gram, moments.cross, columns(layer, name, removal.group), held)
 
 
 def _refit(layer: nn.Module, reading: Reading, gone: Tensor, damping: float | None) -> None:
