@@ -21,6 +21,7 @@ def judge_saved(path: Path, limits_of: str | None) -> dict[str, Any]:
     """The verdicts on the report at `path`: a JSON file, an artifact's folder, or an export's output.
 
     `limits_of` names the profile to judge by; else each artifact's own, or the shipped one of the target's name.
+    Targets that failed before there were figures stay failed, with their reason.
     Raises InputRefused where there are no figures, or no profile for them.
     """
     file = path / REPORT if path.is_dir() else path
@@ -30,7 +31,8 @@ def judge_saved(path: Path, limits_of: str | None) -> dict[str, Any]:
         figures = [result for result in found if result.get("parity")]
         if not figures:
             raise InputRefused("DT309", f"{file} must hold figures of parity (it has none)")
-        judged = [_judged(result, _limits(result, path, limits_of)) for result in figures]
+        judged = [_judged(result, _limits(result, path, limits_of)) if result.get("parity") else result
+                  for result in found if result.get("parity") or result["status"] == "failed"]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputRefused(
             "DT309", f"{file} must be a report of export or verify (got: {error!r})"[:500],

@@ -45,6 +45,18 @@ def test_saved_figures_are_judged_without_running(model: str, exported: Exported
     assert not result["parity"]["passed"]
 
 
+def test_what_failed_without_figures_stays_failed(model: str, exported: Exported, tmp_path: Path) -> None:
+    """A target that could not be built must not vanish from the verdict on the report that says so."""
+    report = exported(model, "ort")
+    reason = "the operator must be known (got Mystery)"
+    lost = {**report["targets"][0], "target": "openvino", "status": "failed", "reason": reason, "parity": None}
+    absent = {**lost, "target": "trt", "status": "unavailable"}
+    (tmp_path / "r.json").write_text(json.dumps({**report, "targets": [*report["targets"], lost, absent]}))
+    found = judge_saved(tmp_path / "r.json", None)["targets"]
+    assert [(r["target"], r["status"]) for r in found] == [("ort", "ok"), ("openvino", "failed")]
+    assert found[1]["reason"] == reason
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", "no json", '{"targets": []}', '{"targets": [{"target": "x"}]}',
                                   '{"targets": [{"target": "x", "parity": {"cases": 1}}]}'])  # fmt: skip
 def test_what_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
