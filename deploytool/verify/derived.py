@@ -29,7 +29,7 @@ _WORDS = {
 
 def arithmetic(artifact: Artifact) -> str:
     """What of the noise figures an artifact can be held to: static int8 has ranges that the noise does not simulate."""
-    dynamic = artifact.backend in _DYNAMIC and "static" not in str(artifact.target.get("name", ""))
+    dynamic = artifact.backend in _DYNAMIC and artifact.settings.get("scheme") != "static"
     return artifact.precision if artifact.precision != "int8" or dynamic else "static int8"
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deploytool.artifact import Artifact
 from deploytool.difference import Difference, error_max
+from deploytool.signature import Signature
 from deploytool.target import Limits
-from deploytool.verify.derived import derived_limits
+from deploytool.verify.derived import arithmetic, derived_limits
 from deploytool.verify.judge import judge_parity
 
 LIMITS = Limits(cosine_min=0.98)
@@ -55,3 +58,21 @@ def test_without_noise_the_profile_alone_judges() -> None:
     """A model that has no module, or no noise that could be measured, must be held to its profile."""
     assert derived_limits(None, "fp32", LIMITS) == {}
     assert of("fp32")["relative_error_max"] == error_max(0.98)
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "settings", "expected"),
+    [
+        ("fbgemm", "fbgemm", {"scheme": "static"}, "static int8"),  # as the profile's "auto" chose for this model
+        ("fbgemm", "no-static-ranges", {"scheme": "dynamic"}, "int8"),
+        ("onnxruntime", "ort-int8", {}, "int8"),
+        ("openvino", "openvino-int8", {"scheme": "transformer"}, "static int8"),
+    ],
+)
+def test_static_ranges_are_told_by_the_engine(
+    backend: str, name: str, settings: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    """What was built decides whether the noise of dynamic int8 speaks of it, not what its profile is called."""
+    artifact = Artifact(tmp_path, backend, "f", "e", "int8", Signature((), ()), target={"name": name},
+                        settings=settings)  # fmt: skip
+    assert arithmetic(artifact) == expected
