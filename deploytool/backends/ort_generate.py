@@ -101,7 +101,12 @@ def open_model(folder: Path) -> tuple[ort.InferenceSession, bool]:
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.get("spinning", True))))
     options.add_session_config_entry("session.set_denormal_as_zero", str(int(settings.get("flush", False))))
     options.enable_cpu_mem_arena = bool(settings.get("arena", True))
-    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    level = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}[
+        settings.get("optimization", "all")
+    ]
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"],
+                                   disabled_optimizers=list(settings.get("without", ())))  # fmt: skip
     return session, settings.get("rows") == "single"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ import pytest
 from workshop import Workshop
 
 from deploytool.artifact import Artifact
-from deploytool.backends import onnxruntime
+from deploytool.backends import onnxruntime, ort_generate
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
 from deploytool.errors import UsageProblem
 
@@ -30,6 +31,24 @@ def test_session_settings_are_part_of_the_artifact(workshop: Workshop, monkeypat
             np.testing.assert_allclose(array, reference[name], rtol=1e-4, atol=1e-5)
     assert (seen["without"], seen["arena"], seen["flush"]) == (["SkipLayerNormFusion"], False, True)
     assert seen["level"] == "extended"
+
+
+def test_the_shipped_runner_opens_it_alike(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script beside a language model must open its graph with every setting of the session, as deploytool does."""
+    build = {"without": ["MatMulAddFusion"], "arena": False, "optimization": "basic"}
+    artifact = build_artifact(workshop.request("mlp", load_checked_target("ort"), **build), {})
+    seen: dict[str, Any] = {}
+
+    def opened(path: str, options: Any, **named: Any) -> Any:
+        seen.update(named, level=options.graph_optimization_level, arena=options.enable_cpu_mem_arena)
+        return real(path, options, **named)
+
+    real = ort_generate.ort.InferenceSession
+    monkeypatch.setattr(ort_generate.ort, "InferenceSession", opened)
+    ort_generate.open_model(artifact.folder)
+    shipped = dict(seen)
+    open_artifact(artifact)
+    assert shipped == seen and seen["disabled_optimizers"] == ["MatMulAddFusion"]
 
 
 def denormal_sum(flush: bool) -> bool:
