@@ -64,10 +64,10 @@ def labelled_batches(source: Source, step: str) -> tuple[Batches, OwnLoss]:
     return _by_epoch(source.train_batches), source.loss
 
 
-def any_batches(source: Source, context: Context) -> tuple[Batches, str]:
+def any_batches(source: Source, settings: TrainingTable, context: Context) -> tuple[Batches, str]:
     """One epoch of batches by its number, and where they come from: train_batches, or else the samples."""
     if source.train_batches is None:
-        return _shuffled(context.samples(source), context.seed), "samples"
+        return _shuffled(context.samples(source), seed_of(settings, context)), "samples"
     return _by_epoch(source.train_batches), "train_batches"
 
 

@@ -15,6 +15,7 @@ from deploytool.compress.distill.tables import Distill
 from deploytool.compress.distill.temperature import cosine_loss, soft_loss
 from deploytool.compress.factorize.svd import apply as factor
 from deploytool.compress.factorize.tables import Svd
+from deploytool.compress.fitting import any_batches
 from deploytool.compress.prune.magnitude import apply as prune
 from deploytool.compress.prune.tables import Magnitude
 from deploytool.compress.step import Calibration, Context
@@ -97,6 +98,17 @@ def test_samples_serve_where_there_are_no_batches(tmp_path: Path, write_tiny: Ca
     assert (report["data"], report["alpha"], report["optimizer_steps"]) == ("samples", 1.0, 6)
     with pytest.raises(UsageProblem, match="alpha must be 1"):
         apply(low, Distill(step="distill", alpha=0.5), context)
+
+
+def test_the_steps_seed_orders_the_samples(tmp_path: Path, write_tiny: Callable[..., ModelRef]) -> None:
+    """Where samples are what is learned from, the step's own seed must choose their order, as it does dropout."""
+    source = open_source(write_tiny(tmp_path, hooks=False))
+    context = Context(source, Calibration(), 0, lambda line: None)
+    orders = []
+    for seed in (0, 1, 2, 3, 4):
+        batches, _ = any_batches(source, Distill(step="distill", seed=seed), context)
+        orders.append([tuple(batch["ids"].shape) for epoch in range(3) for batch in batches(epoch)])
+    assert len({str(order) for order in orders}) > 1
 
 
 def test_outputs_must_be_known(tiny: Source, context: Context) -> None:

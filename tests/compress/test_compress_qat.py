@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from deploytool.compress.finetune.finetune import apply as finetune
 from deploytool.compress.finetune.tables import Finetune
@@ -156,3 +158,35 @@ def test_two_runs_are_one(tiny: Source, context: Context) -> None:
     one, two = (apply(tiny, _qat(), context)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.module.state_dict().values(), two.module.state_dict().values(),
                                                  strict=True))  # fmt: skip
+
+
+def test_a_grid_that_fits_is_where_training_starts(tiny: Source, context: Context) -> None:
+    """Weights that lie on a grid of the kind asked for must be trained from it, not from another one."""
+    name = "up.weight"
+    weight = tiny.module.get_parameter(name)
+    grid = choose(2.5 * weight, 4, 12, symmetric=False)
+    module = copy.deepcopy(tiny.module)
+    module.up.weight.data = snap(weight, grid)
+    source = dataclasses.replace(with_module(tiny, module), encodings={name: grid})
+    how = _qat(bits=4, group=12, symmetric=False, activations="none", include=("up",), steps=1, learning_rate=1e-9)
+    trained, _ = apply(source, how, context)
+    torch.testing.assert_close(trained.encodings[name].scale, grid.scale)
+
+
+def test_layers_that_never_run_are_left_alone(tiny: Source, context: Context) -> None:
+    """A layer that no sample reaches has no range: it must be told and stay; without any other the step is refused."""
+    module = copy.deepcopy(tiny.module)
+    module.spare = nn.Linear(3, 3)
+    source = with_module(tiny, module)
+    trained, report = apply(source, _qat(steps=1), context)
+    assert "spare.weight" not in trained.encodings and len(trained.encodings) == 2
+    assert {"layer": "spare", "reason": "it did not run on the calibration samples"} in report["skipped"]
+    with pytest.raises(UsageProblem, match="must find a layer"):
+        apply(source, _qat(steps=1, include=("spare",)), context)
+
+
+def test_twice_is_refused(tiny: Source, context: Context) -> None:
+    """Inputs that lie on grids cannot get others: the step must say so."""
+    once, _ = apply(tiny, _qat(steps=1), context)
+    with pytest.raises(UsageProblem, match="are on grids already"):
+        apply(once, _qat(steps=1), context)

@@ -43,7 +43,7 @@ def apply(source: Source, settings: Distill, context: Context) -> tuple[Source, 
     outputs = _outputs(source, settings)
     match = settings.match or ("kl" if outputs == ("logits",) else "mse")
     alpha = 1.0 if match == "tsld" else _alpha(source, settings)
-    batches, origin = any_batches(source, context)
+    batches, origin = any_batches(source, settings, context)
     teacher_source = context.original if settings.teacher is None else open_source(resolve(settings.teacher))
     _same_interface(source, teacher_source, outputs)
     teacher = teacher_source.flat.to(device())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from deploytool.compress.blocks import check_samples
 from deploytool.compress.distill.temperature import soft_loss
 from deploytool.compress.distill.token_scaled import token_scaled_loss
 from deploytool.compress.fitting import any_batches, next_tokens, outputs_of, seed_of, train
@@ -17,7 +18,7 @@ from deploytool.compress.matrices import matrix
 from deploytool.compress.qat.activations import KINDS, extremes_of, freeze
 from deploytool.compress.qat.tables import Qat
 from deploytool.compress.qat.weights import WeightGrids
-from deploytool.compress.quantize.layers import chosen_layers, group_of, refuse_none, shrinks_of
+from deploytool.compress.quantize.layers import Skipped, chosen_layers, group_of, refuse_none, shrinks_of, weight_name
 from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.step import Context
 from deploytool.encoding import Encoding
@@ -30,14 +31,15 @@ from deploytool.train.stream import Batch
 
 
 def apply(source: Source, settings: Qat, context: Context) -> tuple[Source, dict[str, Any]]:
-    """Train a copy of the source on grids; weights that lie on grids already keep theirs as a start."""
+    """Train a copy of the source on grids; weights that lie on grids of the kind asked for start from theirs."""
     towards = _towards(source, settings)
-    batches, origin = any_batches(source, context)
+    batches, origin = any_batches(source, settings, context)
     student = with_module(source, copy.deepcopy(source.module))
     layers, skipped = chosen_layers(student.module, settings)
+    edits = _add_input_grids(student, layers, skipped, settings, context)
     refuse_none("qat", list(layers), skipped)
-    edits = _add_input_grids(student, layers, settings, context)
-    encodings = {f"{name}.weight".lstrip("."): _encoding(layer, settings) for name, layer in layers.items()}
+    encodings = {weight_name(name): _encoding(layer, settings, source.encodings.get(weight_name(name)))
+                 for name, layer in layers.items()}  # fmt: skip
     encodings |= {n: e for n, e in source.encodings.items() if n not in encodings}
     loss = _loss(source, student, context.original, settings, towards)
     with WeightGrids(student.module, encodings, settings.ranges) as grids:
@@ -54,19 +56,29 @@ def apply(source: Source, settings: Qat, context: Context) -> tuple[Source, dict
     return with_module(student, student.module, encodings=encodings, edits=(*source.edits, *edits)), report
 
 
-def _encoding(layer: nn.Module, settings: Qat) -> Encoding:
+def _encoding(layer: nn.Module, settings: Qat, before: Encoding | None) -> Encoding:
     weight = matrix(layer)
-    return choose(weight, settings.bits, group_of(weight, settings.group), settings.symmetric,
-                  shrinks=shrinks_of(settings))  # fmt: skip
+    kind = settings.bits, group_of(weight, settings.group), settings.symmetric
+    if before is not None and before.axis == 0 and (before.bits, before.group, before.symmetric) == kind:
+        return before
+    return choose(weight, *kind, shrinks=shrinks_of(settings))
 
 
 def _add_input_grids(
-    student: Source, layers: dict[str, nn.Module], settings: Qat, context: Context
+    student: Source, layers: dict[str, nn.Module], skipped: Skipped, settings: Qat, context: Context
 ) -> list[dict[str, Any]]:
-    """Grids for the layers' inputs, from the extremes on the calibration samples; the edits that make them again."""
+    """Grids for the layers' inputs, from the extremes on the calibration samples; the edits that make them again.
+
+    Layers that did not run move to `skipped`.
+    """
     if settings.activations == "none":
         return []
-    bits = int(settings.activations)
+    if twice := [name for name, layer in layers.items() if hasattr(layer, CHILD)]:
+        raise UsageProblem("DT204", f"qat must choose layers whose inputs are not quantized yet (the inputs are on "
+                           f"grids already at {', '.join(twice[:5])})",
+                           fix='set activations = "none", or exclude these layers')  # fmt: skip
+    samples, bits = context.samples(student), int(settings.activations)
+    check_samples(samples)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -77,10 +89,13 @@ def _add_input_grids(
 
     handles = [layer.register_forward_pre_hook(keeper(name)) for name, layer in layers.items()]
     with torch.no_grad():
-        for sample in context.samples(student):
+        for sample in samples:
             outputs_of(student.flat, student, sample)
     for handle in handles:
         handle.remove()
+    for name in [name for name in layers if name not in seen]:
+        del layers[name]
+        skipped.append({"layer": name, "reason": "it did not run on the calibration samples"})
     edits = [{"kind": "input_grid", "layer": name, "bits": bits} for name in layers]
     apply_edits(student.module, edits)
     for name, layer in layers.items():
