@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -13,7 +14,7 @@ from deploytool.compress.quantize.rtn import apply as rtn
 from deploytool.compress.quantize.tables import MixedPrecision, Rtn
 from deploytool.compress.recipe import parse_recipe
 from deploytool.compress.step import Context
-from deploytool.errors import UsageProblem
+from deploytool.errors import InputRefused, UsageProblem
 from deploytool.load.grid import lies_on
 from deploytool.source import Source
 
@@ -98,3 +99,11 @@ def test_a_budget_below_the_least_is_refused(tiny: Source, context: Context) -> 
     """Scales count too: three bits do not fit into three."""
     with pytest.raises(UsageProblem, match="must leave room"):
         _apply(tiny, context, mean_bits=3.0, choices=(3, 4))
+
+
+@pytest.mark.parametrize("samples", [[], [{"ids": torch.full((1, 3), torch.nan)}]])
+def test_samples_that_measure_nothing_are_refused(tiny: Source, context: Context, samples: list[Any]) -> None:
+    """Without samples, or with NaN in them, there is no sensitivity: no bits may be given out."""
+    source = dataclasses.replace(tiny, samples=lambda: iter(samples))
+    with pytest.raises(InputRefused, match="calibration"):
+        _apply(source, context, mean_bits=6.5, method="rtn")

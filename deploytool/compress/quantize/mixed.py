@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deploytool.compress.blocks import check_samples
 from deploytool.compress.calls import plain_forward
 from deploytool.compress.matrices import matrix
 from deploytool.compress.quantize.layers import bits_per_weight, chosen_layers, group_of
@@ -66,7 +67,9 @@ def apply(source: Source, settings: MixedPrecision, context: Context) -> tuple[S
     work = with_module(source, shell(source.module))
     picked, _ = chosen_layers(work.module, settings)
     widths = sorted(set(settings.choices))
-    change = _Change(work, context.samples(source))
+    samples = context.samples(source)
+    check_samples(samples)
+    change = _Change(work, samples)
     choices = {}
     for number, (name, layer) in enumerate(picked.items(), start=1):
         choices[name] = _choices(layer, widths, settings, change)
