@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,22 @@ def test_every_importance_works_globally(digits: Source, importance: str) -> Non
     counts = [sum(p.numel() for p in found) for found in weights]
     assert counts[1] / counts[0] == pytest.approx(0.7, abs=0.01)
     assert len({(e["units"], e["after"]) for e in report["layers"]}) > 2
+
+
+def test_taylor_draws_the_same_batches(digits: Source) -> None:
+    """Training data that a model file shuffles must give the same scores whatever was drawn before."""
+
+    def shuffled() -> Iterator[dict[str, Tensor]]:
+        for batch in islice(digits.train_batches(), 2):
+            picked = torch.randperm(len(batch["target"]))[:8]
+            yield {name: value[picked] for name, value in batch.items()}
+
+    source, states = dataclasses.replace(digits, train_batches=shuffled), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(_run(source, remove=0.5, importance="taylor", samples=2)[1]["layers"])
+        states.append(list(_run(source, remove=0.5, importance="taylor", samples=2)[0].module.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(states[1], states[3], strict=True))
 
 
 def test_convolution_channels_go_with_their_normalization() -> None:

@@ -27,6 +27,7 @@ from deploytool.compress.prune.units import Group
 from deploytool.load.resize import sizes
 from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
+from deploytool.train.randomness import drawn
 
 _BATCHES = 16  # of training data, for the gradient
 
@@ -115,7 +116,7 @@ def _taylor(source: Source, groups: Sequence[Group]) -> Iterator[Tensor]:
         layer.register_forward_pre_hook(partial(_gated, gate)) for layer, gate in zip(layers, gates, strict=True)
     ]
     try:
-        for batch in islice(batches(0), _BATCHES):
+        for batch in islice(drawn(lambda: batches(0), "taylor"), _BATCHES):
             with torch.enable_grad():
                 value = loss(outputs_of(source.flat, source, batch), batch)
                 gradients = torch.autograd.grad(value, gates)
