@@ -11,6 +11,8 @@ import torch
 from deploytool.compress.attention import routed
 from deploytool.compress.attention.plain import apply
 from deploytool.compress.attention.tables import BlockwiseAttention, LocalAttention, PlainAttention
+from deploytool.compress.prune.magnitude import apply as prune
+from deploytool.compress.prune.tables import Magnitude
 from deploytool.compress.run import compress_job
 from deploytool.compress.step import Calibration, Context
 from deploytool.errors import UsageProblem
@@ -62,6 +64,15 @@ def test_outputs_stay(fused: Source, context: Context) -> None:
     assert 0 <= report["layers"][0]["difference"] < 1e-5
     for sample in fused.samples():
         torch.testing.assert_close(changed.module(**sample), fused.module(**sample), atol=1e-5, rtol=1e-5)
+
+
+def test_zeros_of_projections_stay_known(fused: Source, context: Context) -> None:
+    """Masks of the fused projections must go over to the plain ones, so that training keeps their zeros."""
+    pruned, _ = prune(fused, Magnitude(step="magnitude", sparsity=0.5), context)
+    changed, _ = apply(pruned, PlainAttention(step="plain-attention"), context)
+    weights = {n: p for n, p in changed.module.named_parameters() if n.endswith("weight") and p.ndim == 2}
+    assert set(changed.masks) == set(weights) and "0.layers.1.self_attn.k.weight" in weights
+    assert all(torch.equal(changed.masks[name], weight != 0) for name, weight in weights.items())
 
 
 def test_later_steps_reach_the_projections_and_the_folder_opens(fused: Source, tmp_path: Path) -> None:

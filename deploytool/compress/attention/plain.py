@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from deploytool.compress.attention.tables import PlainAttention
 from deploytool.compress.select import select
@@ -33,7 +36,18 @@ def apply(source: Source, settings: PlainAttention, context: Context) -> tuple[S
         layers.append({"layer": name, "kind": type(fused).__name__, "difference": largest_difference(fused, made)})
         context.progress(f"plain-attention: {name}, a {type(fused).__name__}")
     edits = [{"kind": "plain_attention", "layer": row["layer"]} for row in layers]
-    masks = {n: m for n, m in source.masks.items() if n in dict(module.named_parameters())}
+    masks = _carried(source.masks, set(dict(module.named_parameters())))
     return with_module(source, module, edits=(*source.edits, *edits), masks=masks), {
         "layers": layers, "skipped": skipped,
     }  # fmt: skip
+
+
+def _carried(masks: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """The masks under the names that the parameters have now; that of a joined projection in its three parts."""
+    carried: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        owner, _, leaf = name.rpartition(".")
+        parts = dict(zip("qkv", mask.chunk(3), strict=True)) if leaf == "in_proj_weight" else {leaf[:1]: mask}
+        moved = {name: mask} if name in names else {f"{owner}.{part}.weight": m for part, m in parts.items()}
+        carried |= {new: m for new, m in moved.items() if new in names}
+    return carried
