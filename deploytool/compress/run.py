@@ -159,6 +159,8 @@ def _metrics(source: Source) -> dict[str, float]:
     if source.evaluate is None:
         return {}
     metrics = {name: float(v) for name, v in source.evaluate(lambda feeds: predict(source, feeds)).items()}
+    if not metrics:
+        raise InputRefused("DT304", "evaluate() must give at least one metric (got none)")
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise InputRefused("DT304", f"every metric must be finite (got NaN or infinity in {', '.join(bad)})")

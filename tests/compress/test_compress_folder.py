@@ -217,6 +217,13 @@ def test_quality_needs_a_metric(tmp_path: Path, write_tiny: Callable[..., ModelR
     assert caught.value.code == "DT313"
 
 
+def test_no_metrics_are_no_quality(tiny: Source) -> None:
+    """A limit must not pass because evaluate() gave nothing to compare."""
+    recipe = {"compress": [{"step": "svd", "rank": 2}], "quality": {"max_drop": 0.1}}
+    with pytest.raises(InputRefused, match="at least one metric"):
+        compress(dataclasses.replace(tiny, evaluate=lambda predict: {}), parse_recipe(recipe, "", where="recipe"))
+
+
 def test_an_existing_output_is_kept(tiny_ref: ModelRef, tmp_path: Path) -> None:
     """Nothing may be overwritten unless asked, and an empty recipe is an error."""
     _job(tiny_ref, tmp_path)
