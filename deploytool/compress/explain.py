@@ -22,13 +22,13 @@ from deploytool.compress.recipe import Recipe, load_recipe
 from deploytool.compress.run import measure
 from deploytool.compress.select import select
 from deploytool.compress.step import Context, StepTable
+from deploytool.compress.training import TrainingTable
 from deploytool.load.model import open_source
 from deploytool.source import ModelRef, Source
 
 SCHEMA_VERSION = "1.0"
 _RUN = ("magnitude", "plain-attention", "blockwise-attention", "local-attention", "fnet", "tucker",
         "low-rank-embedding")  # fmt: skip
-_TRAINING_RUNS = 3  # a step forward and backward costs about three runs forward
 _LISTED = 8
 
 
@@ -75,10 +75,10 @@ def _forecast(source: Source, settings: StepTable, context: Context) -> dict[str
     weights = {name: tuple(matrix(layers[name]).shape) for name in layers if name in chosen}
     seconds = _seconds(source, context)
     said = _sizes_said(settings, weights)
-    if settings.step in ("distill", "finetune"):
-        weights = {}
-        said = [f"trains all {sum(p.numel() for p in source.module.parameters())} parameters; "
-                + _training_said(settings, source, seconds)]  # fmt: skip
+    if isinstance(settings, TrainingTable):
+        weights = {} if settings.step in ("distill", "finetune") else weights
+        said.append(f"trains all {sum(p.numel() for p in source.module.parameters())} parameters; "
+                    + _training_said(settings, source))  # fmt: skip
     elif not said:
         said = ["has no forecast: run it with a small [calibration] first"]
     else:
@@ -133,13 +133,16 @@ def _saved_scores(row: Mapping[str, Any]) -> str:
     return f"computes about {seen} of {tokens} scores for each token at the first sample's length"
 
 
-def _training_said(settings: StepTable, source: Source, seconds: float) -> str:
+def _training_said(settings: TrainingTable, source: Source) -> str:
     value = settings.model_dump()
-    batches = sum(1 for _ in source.train_batches()) if source.train_batches is not None else None
-    if batches is None:
+    lacking = source.train_batches is None or source.loss is None
+    if lacking and "finetune" in (settings.step, value.get("train")):
+        return "it will be refused: the model file has no train_batches() or no loss()"
+    if source.train_batches is None:
         return "the model file has no train_batches, so the calibration samples are what it learns from"
-    steps = batches * value.get("epochs", 1)
-    steps = min(steps, value["steps"]) if value.get("steps") else steps
+    batches = sum(1 for _ in source.train_batches())
+    steps = -(-batches // settings.accumulate) * settings.epochs
+    steps = (min(steps, settings.steps) if settings.steps else steps) * value.get("rounds", 1)
     return f"{steps} optimizer steps over {batches} batches an epoch"
 
 

@@ -48,6 +48,23 @@ def test_forecasts_follow_from_the_settings(tiny: Source) -> None:
     assert "leaves 480 of 960 weights" in said[5]
 
 
+def test_training_is_counted_as_it_will_be(tiny: Source) -> None:
+    """Accumulated batches make one step, rounds count, and data that is lacking must be told as the step does."""
+    steps = [
+        {"step": "finetune", "epochs": 2, "accumulate": 3},
+        {"step": "qat", "epochs": 3},
+        {"step": "progressive", "sparsity": 0.5, "rounds": 2, "epochs": 2},
+    ]
+    told = explain(tiny, parse_recipe({"compress": steps}, "", where="recipe"))["explained"]
+    said = [" ".join(row["effect"]) for row in told]
+    assert "4 optimizer steps over 4 batches" in said[0]
+    assert "12 optimizer steps over 4 batches" in said[1] and "grids of 8 bits" in said[1]
+    assert "16 optimizer steps over 4 batches" in said[2] and "sets 50%" in said[2]
+    bare = dataclasses.replace(tiny, train_batches=None)
+    (told,) = explain(bare, parse_recipe({"compress": steps[:1]}, "", where="recipe"))["explained"]
+    assert "refused" in told["effect"][0]
+
+
 @pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith("digits")])
 def test_shipped_recipes_are_explained(name: str) -> None:
     """Every step of the shipped recipes for digits must have something to say, as JSON."""
