@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploytool.backends.onnx_edit import Maker, before, constant, made_by, only_user, sizes, with_scalar
+from deploytool.decoding import PAST
 
 MICROSOFT = "com.microsoft"
 _VECTOR = 16  # the operator rotates heads whose width is a multiple of it, and refuses others when it runs
@@ -61,12 +62,18 @@ class _Layer:
 
 
 def fuse_attention(graph: ir.Graph) -> int:
-    """Replace, in place, every attention that matches; returns how many there were."""
+    """Replace, in place, the attention of every layer, and return how many there are; 0 where one does not match.
+
+    A decoder gives all layers' past and present one buffer each, which only the operator can write into.
+    """
     inputs = {str(v.name): v for v in graph.inputs}
     layers = [layer for node in graph if node.op_type == "Softmax" and (layer := _match(node))]
     if not layers or not {"position_ids", "attention_mask"} <= inputs.keys():
         return 0
     layers = [layer for layer in layers if layer.query.angles == layers[0].query.angles]
+    done = {cached.past.name for layer in layers for cached in (layer.key, layer.value)}
+    if done != {name for name in inputs if name.startswith(PAST)}:
+        return 0
     shared = [*_lengths(graph, inputs), *_tables(graph, inputs, layers[0].query.angles)]
     for layer in layers:
         _replace(graph, layer, shared)

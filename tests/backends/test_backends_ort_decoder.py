@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import tokenizers
@@ -17,6 +18,7 @@ from workshop import Workshop, cosine
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
+from deploytool.backends.ort_decoder import fuse_decoder
 from deploytool.bench.decoding import measure_decoding
 from deploytool.decoding import Loop, decoder_of, greedy_tokens
 from deploytool.encoding import Coded, save_coded
@@ -47,6 +49,19 @@ def test_a_fused_decoder_gives_eagers_numbers(workshop: Workshop) -> None:
             reference = workshop.reference("decoder", feeds)
             for name, array in runner.run(feeds).items():
                 np.testing.assert_allclose(array, reference[name], rtol=1e-4, atol=2e-4, err_msg=name)
+
+
+def test_a_decoder_is_fused_as_a_whole(workshop: Workshop) -> None:
+    """Where one layer's attention is not known, none is fused: decoding gives every layer's cache one buffer."""
+    model = ir.load(workshop.portable("decoder").main_file)
+    last = [node for node in model.graph if node.op_type == "Softmax"][-1]
+    extra = ir.node("Identity", [last.outputs[0]])
+    last.outputs[0].replace_all_uses_with(extra.outputs[0])
+    extra.replace_input_with(0, last.outputs[0])
+    model.graph.insert_after(last, extra)
+    before = len(model.graph)
+    assert fuse_decoder(model) == {} and len(model.graph) == before
+    assert fuse_decoder(ir.load(workshop.portable("decoder").main_file))["attention"] == 2
 
 
 def test_fusing_can_be_left_out(workshop: Workshop) -> None:
