@@ -77,12 +77,6 @@ class Block:
         _check_finite({name: total.sum for name, total in totals.items()})
         return totals
 
-    def record(self, name: str) -> list[Call]:
-        """The arguments of every call of a submodule of the block; `name` is dotted, as in the source's module."""
-        inner = self.module.get_submodule(name[len(self.name) :].lstrip("."))
-        found = [record_calls(partial(replay, self.module, call), inner, first_only=False) for call in self.calls]
-        return [call for calls in found for call in calls]
-
 
 @dataclass
 class Moments:

@@ -175,17 +175,15 @@ def test_only_chosen_blocks_are_met(tiny: Source) -> None:
     assert met == ["layers.0", "layers.3"]
 
 
-def test_outputs_and_calls_of_a_part(tiny: Source) -> None:
-    """outputs() must follow the block as it is now; record() must give a part's arguments, once per sample."""
+def test_outputs_follow_the_block(tiny: Source) -> None:
+    """outputs() must be those of the block as it is now, once per sample."""
     source = _source(tiny, _Chain())
     block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))
     before = [leaves(out)[0] for out in block.outputs()]
-    calls = block.record("layers.0.down")
-    assert len(before) == len(calls) == 3 and all(args[0].shape == (2, 7, 6) for args, _ in calls)
+    assert len(before) == 3
     matrix(block.module.down).zero_()  # type: ignore[arg-type]
     after = [leaves(out)[0] for out in block.outputs()]
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert len(calls) == len(block.record("layers.0.down"))
 
 
 def test_inputs_written_to_afterwards_count_as_they_were_read(tiny: Source) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.blocks import Block, Total, walk_blocks
+from deploytool.compress.blocks import Block, Total, check_samples, paired_moments, walk_blocks
 from deploytool.compress.factorize.ranks import largest_saving_rank, rank_for_energy, rank_for_keep, spread, tail_energy
 from deploytool.compress.factorize.sensitivity import OutputChange
 from deploytool.compress.factorize.tables import Svd
@@ -71,6 +71,8 @@ def apply(source: Source, settings: Svd, context: Context) -> tuple[Source, dict
     changed = with_module(source, shell(source.module))
     names, skipped = _chosen(source.module, settings)
     samples = context.samples(source) if settings.whiten or settings.budget else []
+    if settings.whiten or settings.budget:
+        check_samples(samples)
     ranks = _budgeted(source, names, settings, samples, context) if settings.budget else {}
     layers, edits = [], []
     masks = dict(source.masks)
@@ -167,16 +169,16 @@ def _spectra(
     for block, reference in zip(walk_blocks(source, names, samples), before, strict=False):
         totals = block.accumulate(gram)
         for group in _groups(totals):
-            total = totals[group[0]]
-            cross = None if reference is None else _cross(reference, block, group[0])
-            if cross is not None:  # what the layers before it in its block have become is to be made good too
-                total = block.accumulate(gram, group[:1])[group[0]]
-            s = _whitener(group[0], total.sum, settings)
+            inputs, cross = totals[group[0]].sum, None
+            if reference is not None:  # what the layers before it in its block have become is to be made good too
+                pair = paired_moments(reference, block, group[:1])[group[0]]
+                inputs, cross = pair.gram, pair.cross
+            s = _whitener(group[0], inputs, settings)
             for name in group:
                 seen.add(name)
                 weight = _linear(source.module, name).weight.detach().double()
                 if cross is not None:
-                    weight = best_weight(weight, cross, total.sum, settings.damping)
+                    weight = best_weight(weight, cross, inputs, settings.damping)
                 yield _spectrum(name, weight, s)
     skipped += [{"layer": name, "reason": _NOT_RUN} for name in names if name not in seen]
 
@@ -187,15 +189,6 @@ def _groups(totals: dict[str, Total]) -> list[list[str]]:
     for name, total in totals.items():
         groups.setdefault(id(total), []).append(name)
     return list(groups.values())
-
-
-def _cross(reference: Block, block: Block, name: str) -> Tensor:
-    """Sum of x x'^T [n, n] over a layer's inputs x before and x' now, float64."""
-    total = torch.zeros(())
-    for (old, _), (new, _) in zip(reference.record(name), block.record(name), strict=True):
-        x, now = (args[0].reshape(-1, args[0].shape[-1]) for args in (old, new))
-        total = total + (x.T @ now).double()
-    return total
 
 
 def _whitener(name: str, total: Tensor, settings: Svd) -> Tensor:
