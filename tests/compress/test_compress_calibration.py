@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from deploytool.compress.recipe import parse_recipe
+from deploytool.compress.run import compress
 from deploytool.compress.step import Calibration, Context
 from deploytool.errors import InputRefused
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
+from deploytool.source import Source
 
 MODEL = """
 import torch
@@ -50,3 +55,15 @@ def test_calibration_must_be_a_function(tmp_path: Path) -> None:
     path.write_text(MODEL + "\ncalibration = []\n")
     with pytest.raises(InputRefused, match="hooks as documented"):
         open_source(resolve(str(path)))
+
+
+@pytest.mark.parametrize(("model", "step"), [
+    ("digits", {"step": "svd", "budget": 0.5, "include": ["blocks.*"]}), ("digits", {"step": "fnet"}),
+    ("tiny", {"step": "low-rank-embedding", "rank": 2}),
+])  # fmt: skip
+def test_steps_that_measure_need_samples(tiny: Source, model: str, step: dict[str, Any]) -> None:
+    """Where calibration() gives nothing, what follows from measuring must be refused, not done without."""
+    source = tiny if model == "tiny" else open_source(resolve(model))
+    empty = dataclasses.replace(source, calibration=lambda: iter([]))
+    with pytest.raises(InputRefused, match="at least one sample"):
+        compress(empty, parse_recipe({"compress": [step]}, "", where="recipe"), evaluate=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deploytool.compress.attention.routed import find_sites
 from deploytool.compress.attention.tables import Fnet
+from deploytool.compress.blocks import check_samples
 from deploytool.compress.calls import Call, plain_forward
 from deploytool.compress.select import select
 from deploytool.compress.step import Context
@@ -37,7 +38,9 @@ def apply(source: Source, settings: Fnet, context: Context) -> tuple[Source, dic
     """Replace the chosen modules of a copy; gains come from what the modules give on the samples."""
     sites = [site.name for site in find_sites(source, settings.step)]
     chosen = select(sites, settings.include, settings.exclude)
-    seen = _watch(source, [name for name in sites if name in chosen], context.samples(source))
+    samples = context.samples(source)
+    check_samples(samples)
+    seen = _watch(source, [name for name in sites if name in chosen], samples)
     changed = with_module(source, shell(source.module))
     layers: list[dict[str, Any]] = []
     skipped = [{"layer": n, "reason": "not chosen by include and exclude"} for n in sites if n not in chosen]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploytool.compress.blocks import check_samples
 from deploytool.compress.calls import plain_forward
 from deploytool.compress.factorize.ranks import largest_saving_rank, rank_for_energy, rank_for_keep
 from deploytool.compress.factorize.tables import LowRankEmbedding
@@ -43,7 +44,9 @@ def apply(source: Source, settings: LowRankEmbedding, context: Context) -> tuple
     chosen = select(tables, settings.include, settings.exclude)
     _refuse_large_rank({n: tables[n] for n in chosen}, settings)
     shared = shared_names(changed.module)
-    counts = _counts(source, [n for n in tables if n in chosen], context.samples(source))
+    samples = context.samples(source)
+    check_samples(samples)
+    counts = _counts(source, [n for n in tables if n in chosen], samples)
     layers, skipped, edits = [], [], []
     masks = dict(source.masks)
     for name, layer in tables.items():
