@@ -323,6 +323,9 @@ class _Run:
         self.done.best_epoch, self.done.stopped_early = state["best_epoch"], state["stopped_early"]
         self.done.skipped_steps, self.done.resumed_from = state["skipped_steps"], len(state["losses"])
         self.saved = f"step {len(state['losses'])}, {found.path}"
+        if self.team.first:
+            self.progress(f"was finished before: the weights are those of {found.path}" if state["finished"] else
+                          f"goes on from step {len(state['losses'])} of {self.total}, {found.path}")  # fmt: skip
         return bool(state["finished"])
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def test_finished_training_is_not_repeated(tmp_path: Path) -> None:
     _train(one, tmp_path)
     assert _train(two, tmp_path, stop=1).resumed_from == 15
     assert sha256(one.state_dict()) == sha256(two.state_dict())
+
+
+def test_going_on_is_told(tmp_path: Path) -> None:
+    """Whoever watches must learn that weights come from a checkpoint, of which step, and where it is."""
+    for said in ([], ["goes on from step 4 of 15", str(tmp_path)], ["was finished before", str(tmp_path)]):
+        lines: list[str] = []
+        model, stop = _model(), 6 if not said else 99
+        steps = iter(range(1, 100))
+
+        def loss(batch: Batch, model: nn.Module = model, stop: int = stop, steps: Iterator[int] = steps) -> Tensor:
+            if next(steps) == stop:
+                raise KeyboardInterrupt
+            return (model(batch["x"]) - batch["y"]).square().mean()
+
+        with suppress(KeyboardInterrupt):
+            fit(model, _batches, loss, SCHEDULE, saving=Saving(tmp_path, 2), progress=lines.append)
+        assert all(any(part in line for line in lines) for part in said)
+        assert said or not any("before" in line or "goes on" in line for line in lines)
 
 
 CHILD = """
