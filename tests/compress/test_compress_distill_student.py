@@ -20,7 +20,7 @@ from deploytool.compress.quantize.rtn import apply as rtn
 from deploytool.compress.quantize.tables import Rtn
 from deploytool.compress.run import measure
 from deploytool.compress.step import Calibration, Context
-from deploytool.errors import EnvironmentLacking, InputRefused, UsageProblem
+from deploytool.errors import EnvironmentLacking, InputRefused, IntegrityBroken, UsageProblem
 from deploytool.load.compressed import open_compressed, save_compressed
 from deploytool.load.grid import lies_on
 from deploytool.load.model import open_source
@@ -223,6 +223,21 @@ def test_a_cut_cache_is_cut_back(tmp_path: Path) -> None:
     assert torch.equal(again(batch, ("x",), run)["y"], batch["x"] * 2) and again.misses == 1
     again.close()
     assert cache.path.read_bytes() == data
+
+
+def test_a_damaged_cache_is_told(tmp_path: Path) -> None:
+    """A flipped bit in what was kept must be an error that names the file, not another number."""
+    batch = next(_rows(3))
+    cache = TeacherCache(tmp_path, "t", ("y",))
+    cache(batch, ("x",), lambda: {"y": batch["x"] * 2})
+    cache.close()
+    data = bytearray(cache.path.read_bytes())
+    data[-1] ^= 1
+    cache.path.write_bytes(data)
+    again = TeacherCache(tmp_path, "t", ("y",))
+    with pytest.raises(IntegrityBroken, match="teacher-"):
+        again(batch, ("x",), lambda: pytest.fail("kept rows"))
+    again.close()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deploytool.errors import IntegrityBroken
 from deploytool.storage import writing
 
 _HEAD = struct.Struct("<16sBI")  # key, number of axes, bytes of compressed values
@@ -70,7 +71,11 @@ class TeacherCache:
         self._file.seek(self._places[key])
         _, axes, size = _HEAD.unpack(self._file.read(_HEAD.size))
         shape = struct.unpack(f"<{axes}I", self._file.read(4 * axes))
-        return lengthened(zlib.decompress(self._file.read(size)), shape, self._top_k)
+        try:
+            return lengthened(zlib.decompress(self._file.read(size)), shape, self._top_k)
+        except (zlib.error, ValueError) as error:
+            raise IntegrityBroken("DT601", f"{self.path} must hold what was written into it (got: {error})",
+                                  fix="remove it: the teacher runs again") from error  # fmt: skip
 
     def _scan(self) -> dict[bytes, int]:
         """Where each record starts; the file is cut after the last whole one."""
