@@ -26,7 +26,7 @@ def describe_job(ref: Mapping[str, str]) -> dict[str, Any]:
     return {
         "signature": source.signature.to_json(),
         "parameters": sum(count for count, _ in sizes),
-        "size_bytes": sum(size for _, size in sizes),
+        "size_bytes": sum(size for _, size in sizes) - sum(_saved(source, name) for name in source.encodings),
         "samples": sum(1 for _ in source.samples()),
         "synthetic": source.synthetic,
         "hooks": [name for name in _HOOKS if getattr(source, name) is not None],
@@ -60,11 +60,16 @@ def layers(source: Source) -> list[dict[str, Any]]:
         row |= {"rank": ranks.get(name.rpartition(".")[0]), "heads": heads.get(name)}
         encoding = source.encodings.get(f"{name}.weight")
         if encoding is not None and not row["tied_to"]:
-            weight = module.get_parameter("weight")
-            coded = -(-weight.numel() * encoding.bits // 8) + 4 * (encoding.scale.numel() + encoding.zero_point.numel())
-            row |= {"bits": encoding.bits, "size_bytes": row["size_bytes"] - weight.nbytes + coded}
+            row |= {"bits": encoding.bits, "size_bytes": row["size_bytes"] - _saved(source, f"{name}.weight")}
         rows.append(row)
     return rows
+
+
+def _saved(source: Source, name: str) -> int:
+    """The bytes that an encoded weight takes less than its floats: codes, scales and zero points are stored."""
+    weight, encoding = source.module.get_parameter(name), source.encodings[name]
+    coded = -(-weight.numel() * encoding.bits // 8) + 4 * (encoding.scale.numel() + encoding.zero_point.numel())
+    return weight.nbytes - coded
 
 
 def _heads(source: Source) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deploytool.encoding import Encoding
+from deploytool.load import describe
 from deploytool.load.describe import describe_job, layers
 from deploytool.load.grid import snap
 from deploytool.load.model import open_source
@@ -66,6 +67,16 @@ def test_every_layer_tells_its_form(source: Source) -> None:
     assert [rows[name]["rank"] for name in ("down.0", "down.1", "up")] == [5, 5, None]
     assert rows["down.0"]["sparsity"] == 1.0 and rows["down.0"]["size_bytes"] == 5 * 64 * 4
     assert rows["up"]["bits"] == 4 and rows["up"]["size_bytes"] == 64 * 12 // 2 + 2 * 64 * 4 + 64 * 4
+
+
+def test_the_total_counts_codes_as_they_are_stored(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantized weight must count in the model's bytes as it does in its layer's."""
+    encoding = Encoding(4, 0, 12, torch.full((64, 1), 0.1), torch.full((64, 1), 8.0))
+    source.module.up.weight.data = snap(source.module.up.weight, encoding)
+    coded = dataclasses.replace(source, encodings={"up.weight": encoding})
+    monkeypatch.setattr(describe, "open_source", lambda ref: coded)
+    told = describe_job(dataclasses.asdict(source.ref))
+    assert told["size_bytes"] == sum(row["size_bytes"] for row in told["layers"]) < 4 * told["parameters"]
 
 
 def test_the_job_tells_of_a_shipped_model() -> None:
