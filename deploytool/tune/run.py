@@ -121,7 +121,7 @@ def _finish(
     compressed = search.shop.compressed_folder(chosen.config.recipe) if chosen.config.recipe else None
     name = model_name(plan.typed, plan.model, out)
     write_project(out, name, chosen.config, profile, chosen.product.artifact.folder, compressed)
-    artifact = _renamed(out / CHOSEN, profile)
+    artifact = _renamed(out / CHOSEN, profile, chosen.product.parity.get("ran"))
     found = [search.figures(trial) for trial in search.trials.values()]
     result = {
         "schema_version": SCHEMA_VERSION, "model": plan.model.name, "objective": question.objective,
@@ -137,10 +137,10 @@ def _finish(
     return result
 
 
-def _renamed(folder: Path, profile: Target) -> Artifact:
-    """The artifact with the chosen profile and its runtime settings in its manifest."""
+def _renamed(folder: Path, profile: Target, ran: Mapping[str, Any] | None) -> Artifact:
+    """The artifact with the chosen profile, its runtime settings and what it runs in its manifest."""
     artifact = Artifact.load(folder)
-    settings = {**artifact.settings, **profile.runtime.model_dump(mode="json")}
+    settings = {**artifact.settings, **profile.runtime.model_dump(mode="json"), "ran": ran}
     return replace(artifact, target=profile.to_json(), settings=settings).save(known=artifact.files)
 
 
@@ -151,6 +151,7 @@ def _report(
     """Write the chosen artifact's report, with its speed against the eager module where timing is wanted."""
     assert chosen.product is not None and chosen.quality is not None
     speed = memory = None
+    parity = dict(chosen.product.parity)
     if options.bench_seconds > 0:
         say("timing the chosen artifact against the eager module")
         speed = compare(artifact, {"eager": reference.eager()}, case, limits=options.limits,
@@ -163,8 +164,9 @@ def _report(
         "target": artifact.target["name"], "status": "ok", "reason": None, "artifact": ".",
         "artifact_digest": sha256_file(artifact.folder / MANIFEST), "size_bytes": artifact.size_bytes,
         "precision": artifact.precision, "executed": artifact.executes,
-        "parity": {"passed": True, "shapes": reference.prepared.info["shapes"], **chosen.product.parity},
-        "compression": None, "quality": chosen.quality["quality"], "generation": chosen.quality["generation"],
+        "ran": parity.pop("ran", None),
+        "parity": {"passed": True, "shapes": reference.prepared.info["shapes"], **parity},
+        **{key: chosen.quality[key] for key in ("compression", "quality", "generation")},
         "speed": speed, "memory": memory, "findings": result["findings"], "seconds": dict(chosen.product.seconds),
     })  # fmt: skip
 

@@ -147,12 +147,14 @@ class Workshop:
         def evaluate() -> dict[str, Any]:
             self._say(f"{config.name}: evaluating")
             quality, generation = reference.quality_of(product.artifact, self._options.quality)
-            return {"quality": quality, "generation": generation}
+            compression = None if quality else reference.compression(product.artifact)
+            return {"quality": quality, "generation": generation, "compression": compression}
 
         found: dict[str, Any] = self._store.once("quality", about, evaluate)
         limits = config.target.parity.model_copy(update={"metric_drop_max": max_drop})
         wrong = judge_quality(found["quality"], found["generation"], limits)
-        dropped, measure = _drop(found["quality"], product.parity)
+        # Parity is against what a recipe made of the model, the loss is against the model itself.
+        dropped, measure = _drop(found["quality"], found["compression"] or product.parity)
         if not found["quality"] and dropped > max_drop:
             wrong.append(f"{measure} may be at most {max_drop:.2%} (got {dropped:.4%})")
         return {**found, "drop": dropped, "drop_of": measure}, wrong

@@ -40,3 +40,23 @@ def test_the_smallest_is_a_compressed_one(
     assert run(["export", "--no-bench", "--no-quality", "-o", "again", "-q"]) == 0
     again = {f.path: f.sha256 for f in Artifact.load(out / "again" / "ort-tuned").files}
     assert again["model.onnx"] == {f.path: f.sha256 for f in chosen.files}["model.onnx"]
+
+
+def test_what_a_recipe_cost_counts_without_a_metric(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model without evaluate() the loss is that of the outputs against the uncompressed model's."""
+    for module in ("torch", "onnxruntime"):
+        pytest.importorskip(module)
+    plain, recipe, out = tmp_path / "plain.py", tmp_path / "thin.toml", tmp_path / "best"
+    plain.write_text(Path(model).read_text().partition("def evaluate")[0])
+    recipe.write_text(RECIPE)
+    asked = ["--objective", "size", "--max-drop", "1%", "--bench-seconds", "0", "-r", str(recipe), "-o", str(out)]
+    assert run(["tune", str(plain), "-t", "ort", *asked, "--json", "-q"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    found = {one["name"]: one for one in result["configurations"]}
+    assert result["chosen"]["name"] == "ort" and found["ort"]["drop"] < 1e-6
+    assert found["thin + ort"]["status"] == "refused" and found["thin + ort"]["drop"] > 0.01
+    report = json.loads((out / "chosen" / "report.json").read_text())
+    settings = Artifact.load(out / "chosen").settings
+    assert report["ran"]["flops"] > 0 and report["ran"] == settings["ran"] and "ran" not in report["parity"]
