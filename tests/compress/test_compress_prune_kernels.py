@@ -130,6 +130,17 @@ def test_earlier_zeros_stay_first() -> None:
     assert not (keep & ~before).any() and int(keep.sum()) == 24 * 24
 
 
+@pytest.mark.parametrize("kept_of", [None, (2, 4)])
+def test_more_earlier_zeros_than_asked_for_stay(kept_of: tuple[int, int] | None) -> None:
+    """Zeros of earlier steps must stay where fewer are asked for, and what is kept make good for them."""
+    weight, moments = _layer()
+    before = torch.rand(24, 48, generator=torch.Generator().manual_seed(3)) > 0.7
+    root, _ = root_of(moments, 0.01)
+    new, keep = sparsify(weight, root, 0.5, kept_of, block=48, before=before)
+    assert not (keep & ~before).any() and not new[~before].any()
+    assert relative_error(weight, new, moments) < relative_error(weight, weight * keep, moments)
+
+
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
     """A dead input must leave all other weights finite and take part in the mask."""
     weight, moments = _layer()

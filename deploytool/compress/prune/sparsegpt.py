@@ -73,6 +73,8 @@ def sparsify(
                 group = slice(j, j + kept_of[1])
                 cost = _cost(part[group], inner.diagonal()[group], old, start + j)
                 keep[start + j : start + j + kept_of[1]] = keep_of_groups(cost.T, *kept_of).T
+            if old is not None:
+                keep[start + j] &= old[start + j]
             new = part[j] if grid is None else _round(part[j], scale[start + j], zero[start + j], grid.levels)
             new = new * keep[start + j]
             torch.div(part[j] - new, inner[j, j], out=errors[j])
