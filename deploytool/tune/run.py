@@ -66,7 +66,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Resolve names and check files; raises before any work is done. A folder that a search wrote is gone on with."""
     ref = resolve(model)
-    refuse_existing(out, (out / _STORE).is_file())
+    refuse_existing(out, True, _STORE)
     profiles = [load_checked_target(name) for name in dict.fromkeys(targets)]
     names = [profile.name for profile in profiles]
     if len(set(names)) < len(names):

@@ -35,7 +35,7 @@ def one(name: str, time: float, size: int, drop: float | None, status: str = "fi
         (["--objective", "beauty"], 2, "'beauty' is not one of"),
         (["--recipe", "digits-prun"], 2, "did you mean 'digits-prune'?"),
         (["--target", "opnvino"], 2, "did you mean 'openvino'?"),
-        (["-o", "mine"], 2, "must not exist yet"),
+        (["-o", "mine"], 2, "choose another -o, or remove it yourself"),  # --overwrite is no option of it
         (["--objective", "energy"], 4, "no RAPL zone"),
     ],
 )
