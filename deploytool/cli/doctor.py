@@ -23,10 +23,11 @@ def command(targets: tuple[str, ...], as_json: bool) -> int:
     if as_json:
         options.print_json({"schema_version": "1.0", "checks": checks})
     else:
+        width = max(len(check["name"]) for check in checks)
         for check in checks:
-            click.echo(f"[{check['status']:<7}] {check['name']:<18} {check['evidence']}")
+            click.echo(f"[{check['status']:<7}] {check['name']:<{width}} {check['evidence']}")
             if check["fix"]:
-                click.echo(f"{'':<29}fix: {check['fix']}")
+                click.echo(f"{'':<{width + 11}}fix: {check['fix']}")
     return 4 if targets and any(check["status"] == "missing" for check in checks) else 0
 
 

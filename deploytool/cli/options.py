@@ -51,7 +51,7 @@ SECONDS, SECONDS_OR_NONE = Seconds(zero=False), Seconds(zero=True)
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]
-    """A share of something: 0.05 is 5 %; finite, 0 or more, and at most 1 where no more can be lost."""
+    """A share, 0.05, or a percentage, 5%; finite, 0 or more, and at most 1 where no more can be lost."""
 
     name = "share"
 
@@ -59,8 +59,11 @@ class Share(click.ParamType):  # type: ignore[type-arg]
         self._most = most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        if text == "1" and self._most == 1.0:
+            self.fail("'1' can be read as 1 % and as all of it: write 1% or 100%", param, ctx)
         try:
-            share = float(value)
+            share = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
         except ValueError:
             share = math.nan
         if not math.isfinite(share) or not 0 <= share <= self._most:

@@ -71,8 +71,9 @@ def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         options.print_json({"schema_version": "1.0", "targets": rows})
         return
+    width = max(len(row["name"]) for row in rows) + 2
     for row in rows:
         state = "runs here" if row["executes"] else "builds here" if row["available"] else "unavailable"
-        click.echo(f"{row['name']:<15}{row['precision']:<6}{state:<13}{row['description']}")
+        click.echo(f"{row['name']:<{width}}{row['precision']:<6}{state:<13}{row['description']}")
         if row["reason"]:
-            click.echo(f"{'':<21}{row['reason']}; {row['fix']}")
+            click.echo(f"{'':<{width + 6}}{row['reason']}; {row['fix']}")

@@ -27,20 +27,6 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         return seconds
 
 
-class Drop(options.Share):
-    """A share, 0.01, or a percentage, 1%."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value)
-        if not text.endswith("%"):
-            return super().convert(text, param, ctx)
-        try:
-            share = float(text[:-1]) / 100
-        except ValueError:
-            share = text  # type: ignore[assignment]  # which is refused below
-        return super().convert(share, param, ctx)
-
-
 class Sizes(click.ParamType):  # type: ignore[type-arg]
     """Sizes of free dimensions: batch=1,sequence=64."""
 
@@ -60,7 +46,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]
 @click.option("-t", "--target", "targets", multiple=True, help="A target to search over; repeat it, or `all`.")
 @click.option("-r", "--recipe", "recipes", multiple=True, help="A compression recipe to try too; repeat it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder; an unfinished search in it goes on.")
-@click.option("--max-drop", default="1%", type=Drop(most=1.0), show_default=True,
+@click.option("--max-drop", default="1%", type=options.SHARE_OF_ALL, show_default=True,
               help="What any metric may lose: 1% or 0.01.")  # fmt: skip
 @click.option("--objective", type=click.Choice(["latency", "size", "memory", "energy"]), default="latency",
               show_default=True, help="What is made small.")  # fmt: skip

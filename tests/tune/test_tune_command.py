@@ -30,6 +30,7 @@ def one(name: str, time: float, size: int, drop: float | None, status: str = "fi
         (["--budget", "0m"], 2, "must be a time above 0"),
         (["--max-drop", "101%"], 2, "from 0 to 1"),
         (["--max-drop", "x%"], 2, "from 0 to 1"),
+        (["--max-drop", "1"], 2, "write 1% or 100%"),
         (["--at", "batch=0"], 2, "must be sizes such as"),
         (["--at", "batch"], 2, "must be sizes such as"),
         (["--objective", "beauty"], 2, "'beauty' is not one of"),
