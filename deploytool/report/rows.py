@@ -107,6 +107,9 @@ def _remarks(target: Mapping[str, Any]) -> Iterator[str]:
     if target.get("executed") is False and not any("not executed" in finding for finding in findings):
         yield "not executed here: the engine was built for other hardware"
     yield from findings
+    speed = target.get("speed") or {}
+    if speed.get("verdict") == "undecided":  # why, or it looks like a mistake beside a narrow interval
+        yield from (f"timing: {note}" for note in speed.get("notes") or ())
 
 
 def _extreme(choose: Any, outputs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:

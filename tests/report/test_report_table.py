@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,6 +50,16 @@ def test_missing_figures_are_dashes() -> None:
     below = lines[lines.index("") + 1 :]
     assert below[:2] == ["ort-int8: not executed here: the engine was built for other hardware",
                          "ort-int8: ort-int8 is slower than the plain ort"]  # fmt: skip
+
+
+def test_an_undecided_speed_says_why() -> None:
+    """The notes of the timing must stand below the table where they left the verdict open, and only there."""
+    report = copy.deepcopy(REPORT)
+    speed = report["targets"][0]["speed"]
+    speed["notes"] = ["3 undisturbed blocks (a verdict needs 5)"]
+    assert "a verdict needs 5" not in export_table(report)
+    speed["verdict"] = "undecided"
+    assert "ort: timing: 3 undisturbed blocks (a verdict needs 5)" in export_table(report)
 
 
 def test_text_can_not_move_the_cursor() -> None:
