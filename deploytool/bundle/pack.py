@@ -90,8 +90,10 @@ def _contents(variants: Sequence[Artifact]) -> dict[str, Content]:
         target = _target(artifact)
         _check_fit(artifact)
         if _model(artifact) != model:
-            raise InputRefused("DT311", f"a bundle must hold artifacts of one model (got {model} and "
-                                        f"{_model(artifact)} for {target!r})")  # fmt: skip
+            raise InputRefused("DT311", f"a bundle must hold artifacts of one model (that of {target!r} was exported "
+                                        "from another, or before the model changed)",
+                               detail=[f"{_target(variants[0])}: {model}", f"{target}: {_model(artifact)}"],
+                               fix="export all of them again, or name the artifacts to pack")  # fmt: skip
         prefix = f"{VARIANTS}/{target}"
         if f"{prefix}/{artifacts.MANIFEST}" in contents:
             raise UsageProblem("DT201", f"a bundle must hold one artifact per target (got two for {target!r})")

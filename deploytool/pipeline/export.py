@@ -160,7 +160,15 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
     report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),
               "targets": results}  # fmt: skip
     write_json(options.out / REPORT, report)
+    _tell_of_others(options.out, [str(result["target"]) for result in results], say)
     return report
+
+
+def _tell_of_others(out: Path, written: Sequence[str], say: Say) -> None:
+    """Artifacts of earlier exports stay, since they may be wanted; `package` would take them too."""
+    others = sorted({p.parent.name.removesuffix(FAILED) for p in out.glob(f"[!.]*/{MANIFEST}")} - set(written))
+    if others:
+        say(f"of an earlier export, and not in this report: {', '.join(others)} (in {out})")
 
 
 @contextmanager

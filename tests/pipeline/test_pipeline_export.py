@@ -300,3 +300,14 @@ def test_weights_from_the_global_seed_are_the_same_weights(model: str, exported:
     drawn.write_text(Path(model).read_text().replace("torch.manual_seed(0)", "pass"))
     (result,) = exported(str(drawn), "torchscript")["targets"]
     assert result["status"] == "ok", result["reason"]
+
+
+def test_artifacts_of_an_earlier_export_are_told(model: str, tmp_path: Path, inline: list[str]) -> None:
+    """What lies in the output and is not of this run must stay and be named."""
+    said: list[str] = []
+    for target in ("torchscript", "ort"):
+        how = Options(out=tmp_path / "out", bench_seconds=0.0, overwrite=True)
+        pipeline.export(make_plan(model, [target], how), how, said.append)
+    assert [line for line in said if "earlier export" in line] == [
+        f"of an earlier export, and not in this report: torchscript (in {tmp_path / 'out'})"]  # fmt: skip
+    assert (tmp_path / "out" / "torchscript").is_dir()
