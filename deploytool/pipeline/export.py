@@ -307,6 +307,10 @@ def _stages(
         findings += reference.prepared.notes
     if reference.prepared.info["synthetic"]:
         findings.append("the samples are synthetic: parity on your own data is not shown")
+    coded = reference.prepared.info["encodings"]["of"]
+    if coded and target.backend != "eager" and not artifact.settings.get("encoded"):
+        findings.append(f"the model's {coded} quantized weights are stored in this target's own form, not as their "
+                        "codes, which ort-int4 and ort-weight-int8 keep")  # fmt: skip
     speed = memory = None
     if options.bench_seconds > 0 and artifact.executes:
         say(f"{target.name}: timing")

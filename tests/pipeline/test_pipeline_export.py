@@ -311,3 +311,16 @@ def test_artifacts_of_an_earlier_export_are_told(model: str, tmp_path: Path, inl
     assert [line for line in said if "earlier export" in line] == [
         f"of an earlier export, and not in this report: torchscript (in {tmp_path / 'out'})"]  # fmt: skip
     assert (tmp_path / "out" / "torchscript").is_dir()
+
+
+def test_codes_that_a_target_does_not_keep_are_told(model: str, exported: Exported, tmp_path: Path) -> None:
+    """A quantized model exported to an fp32 target must say so, and not where the target keeps the codes."""
+    from deploytool.compress.run import compress_job
+
+    recipe = tmp_path / "int8.toml"
+    recipe.write_text('[[compress]]\nstep = "rtn"\nbits = 8\ngroup = 8\n')
+    ref = {"kind": "python", "name": "tiny", "path": model}
+    compress_job(ref, str(recipe), str(tmp_path / "coded"))
+    results = by_target(exported(str(tmp_path / "coded"), "ort", "ort-weight-int8"))
+    assert any("not as their codes" in line for line in results["ort"]["findings"])
+    assert not any("not as their codes" in line for line in results["ort-weight-int8"]["findings"])
