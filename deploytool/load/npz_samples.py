@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from deploytool.cases import read_npz
 from deploytool.errors import InputRefused, nearest
 from deploytool.signature import Outputs, Signature, TensorSpec
 
@@ -27,11 +24,9 @@ def read_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[tuple[Path, O
 
 def _sample(file: Path, signature: Signature) -> Outputs:
     try:
-        with file.open("rb") as content, np.load(content, allow_pickle=False) as opened:
-            arrays = {name: opened[name] for name in opened.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, NotImplementedError, MemoryError,
-            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
-        raise InputRefused("DT303", f"{file} must be an .npz file of plain arrays (got: {str(error)[:300]})",
+        arrays = read_npz(file)
+    except ValueError as error:
+        raise InputRefused("DT303", f"{file} must be an .npz file of plain arrays (got: {error})",
                            fix="write it with numpy.savez(file, **{input name: array})") from error  # fmt: skip
     recorded = {name.removeprefix(_RECORDED): a for name, a in arrays.items() if name.startswith(_RECORDED)}
     sample = recorded if recorded and not set(signature.input_names) & set(arrays) else arrays
