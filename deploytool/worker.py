@@ -49,8 +49,9 @@ _GC_THRESHOLDS = (100_000, 50, 50)
 # Runtimes must not phone home, and tokenizers must not warn about forks.
 _CHILD_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-# Where nothing is timed, threads that wait must not spin while another process needs the core.
-_UNTIMED_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Where nothing is timed, threads that wait must not spin while another process needs the core; and NumPy's own threads
+# must not meet an engine's on the same cores: comparing outputs between its calls made them twice as slow.
+_UNTIMED_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

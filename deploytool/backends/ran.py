@@ -9,15 +9,20 @@ channels that an engine pads to its vectors.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from deploytool.artifact import Artifact
-from deploytool.signature import Feeds
+from deploytool.backends.base import open_artifact
+from deploytool.runner import Runner
+from deploytool.signature import Feeds, Outputs
 
 Shape = Sequence[int]
 
@@ -46,27 +51,72 @@ class Node:
     place: str = "CPU"
 
 
-def what_ran(artifact: Artifact, feeds: Feeds) -> dict[str, Any] | None:
-    """What `artifact` runs for `feeds`; None for the live module, {"unknown": why} where its engine does not tell.
+class Asked:
+    """An artifact opened for running, whose engine is asked at the first call what it runs; a context manager.
 
-    nodes, flops                    counts
-    nodes_by_precision              shares of the nodes, 0 to 1
-    compute_by_precision            shares of the flops, 0 to 1; empty where there are no products
-    fused, delegated                shares of the nodes; the latter by the name of what they were delegated to
-    uncounted                       kinds of products that are not in the flops
-    source                          where this is known from
+    An engine that tells it of the session at hand is opened once; the others are opened again by `ran`.
     """
-    if artifact.format not in _READERS:
-        return None
-    try:
-        source, nodes = importlib.import_module(_READERS[artifact.format]).read(artifact, feeds)
-    except Exception as error:  # a report on the engine: what keeps it from being made is told, and fails nothing
-        return {"unknown": f"{type(error).__name__}: {str(error)[:300]}"}
-    return {"source": source, **summary(nodes)} if nodes else {"unknown": f"{source} named no node"}
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._reader: Any = None
+        self._found: dict[str, Any] | None = None
+        if artifact.format in _READERS:
+            with self._telling():
+                self._reader = importlib.import_module(_READERS[artifact.format])
+
+    def __enter__(self) -> Self:
+        self._stack = contextlib.ExitStack()
+        if hasattr(self._reader, "open_asked"):
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="deploytool-"))
+            self._runner: Runner = self._stack.enter_context(self._reader.open_asked(self._artifact, folder))
+        else:
+            self._runner = self._stack.enter_context(open_artifact(self._artifact))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        del self._runner  # what is asked after this is opened anew
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """Run the engine; after the first call it is asked."""
+        outputs = self._runner.run(feeds)
+        if self._found is None and hasattr(self._reader, "read_asked"):
+            with self._telling():
+                self._tell(*self._reader.read_asked(self._runner, self._artifact, feeds))
+        return outputs
+
+    def ran(self, feeds: Feeds) -> dict[str, Any] | None:
+        """What ran in the first call, of `feeds`: None for the live module, {"unknown": why} where nothing tells it.
+
+        nodes, flops                    counts
+        nodes_by_precision              shares of the nodes, 0 to 1
+        compute_by_precision            shares of the flops, 0 to 1; empty where there are no products
+        fused, delegated                shares of the nodes; the latter by the name of what they were delegated to
+        uncounted                       kinds of products that are not in the flops
+        source                          where this is known from
+        """
+        if self._found is None and self._reader is not None:
+            with self._telling():
+                self._tell(*self._reader.read(self._artifact, feeds))
+        return self._found
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """A report on the engine: what keeps it from being made is told, and fails nothing."""
+        try:
+            yield
+        except Exception as error:
+            self._found = {"unknown": f"{type(error).__name__}: {str(error)[:300]}"}
+
+    def _tell(self, source: str, nodes: Sequence[Node]) -> None:
+        self._found = {"source": source, **summary(nodes)} if nodes else {"unknown": f"{source} named no node"}
 
 
 def summary(nodes: Sequence[Node]) -> dict[str, Any]:
-    """The shares of the nodes; see `what_ran`."""
+    """The shares of the nodes; see `Asked.ran`."""
     flops: Counter[str] = Counter()
     for node in nodes:
         flops[node.precision] += node.flops or 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,14 @@ _LAYOUT = ("ReorderInput", "ReorderOutput")
 Typed = tuple[str, list[int]]  # type and shape
 
 
-def read(artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
-    """The nodes that ran for `feeds` in a session opened as the artifact's own is."""
-    nodes = _profiled(lambda profile: BACKEND.open(artifact, profile), feeds)
-    return "ONNX Runtime's profiler", list(nodes.values())
+def open_asked(artifact: Artifact, folder: str) -> SessionRunner:
+    """The artifact's own session, which writes what it runs into `folder` until it was read."""
+    return BACKEND.open(artifact, f"{folder}/ran")
+
+
+def read_asked(runner: SessionRunner, artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
+    """The nodes that a session of `open_asked` has run; it writes nothing down from here on."""
+    return "ONNX Runtime's profiler", list(_written_down(runner).values())
 
 
 def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
@@ -46,11 +50,11 @@ def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
     Precisions are those that the graph writes down: ONNX Runtime puts casts around what its CPU has no kernel for.
     """
 
-    def opened(profile: str) -> SessionRunner:
-        session = open_session(artifact.main_file, threads_of(artifact), "disabled", profile=profile)
-        return SessionRunner(session, artifact.signature)
-
-    ran = _profiled(opened, feeds)
+    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
+        session = open_session(artifact.main_file, threads_of(artifact), "disabled", profile=f"{folder}/ran")
+        with SessionRunner(session, artifact.signature) as runner:
+            runner.run(feeds)
+            ran = _written_down(runner)
     model = onnx.shape_inference.infer_shapes(onnx.load(artifact.main_file), strict_mode=False)
     known = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in known}
@@ -65,11 +69,9 @@ def _written(node: onnx.NodeProto, types: Mapping[str, int], ran: Node) -> str:
     return _WRITTEN.get(types.get(name, 0), "other")
 
 
-def _profiled(opened: Callable[[str], SessionRunner], feeds: Feeds) -> dict[str, Node]:
-    """The nodes that ran, by their names, in the one session that `opened` makes for a profile's place."""
-    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder, opened(f"{folder}/ran") as runner:
-        runner.run(feeds)
-        events = json.loads(Path(runner.session.end_profiling()).read_text(encoding="utf-8"))
+def _written_down(runner: SessionRunner) -> dict[str, Node]:
+    """The nodes that ran, by their names."""
+    events = json.loads(Path(runner.session.end_profiling()).read_text(encoding="utf-8"))
     seen: dict[str, Node] = {}
     for event in events:
         if event.get("cat") == "Node" and "op_name" in event.get("args", {}):

@@ -11,6 +11,7 @@ import openvino as ov
 from deploytool.artifact import Artifact
 from deploytool.backends.openvino import CompiledRunner, OpenVino
 from deploytool.backends.ran import Node, attention, convolution, product, recurrent
+from deploytool.runner import Runner
 from deploytool.signature import Feeds
 
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "u8": "int8", "i8": "int8"}
@@ -20,14 +21,18 @@ _KERNEL_AXES = {"Convolution": 1, "GroupConvolution": 2, "ConvolutionBackpropDat
 _PRODUCT_LAYERS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution")
 
 
-def read(artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
+def open_asked(artifact: Artifact, folder: str) -> Runner:
+    """The artifact's own compiled model, which can be asked at any time; `folder` is not needed."""
+    return OpenVino().open(artifact)
+
+
+def read_asked(runner: Runner, artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
     """The nodes of the compiled model; flops are those of the layers of the IR that each says it is made of."""
+    if not isinstance(runner, CompiledRunner):
+        raise TypeError(f"{type(runner).__name__} is no compiled model")
     flops, products = _flops(artifact, feeds)
-    with OpenVino().open(artifact) as runner:
-        if not isinstance(runner, CompiledRunner):
-            raise TypeError(f"{type(runner).__name__} is no compiled model")
-        graph = runner.request.get_compiled_model().get_runtime_model()
-        nodes = [_node(op.get_rt_info(), flops, products) for op in graph.get_ordered_ops()]
+    graph = runner.request.get_compiled_model().get_runtime_model()
+    nodes = [_node(op.get_rt_info(), flops, products) for op in graph.get_ordered_ops()]
     return "OpenVINO's runtime model", [node for node in nodes if node.op not in _NOT_RUN]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import open_artifact
-from deploytool.backends.ran import what_ran
+from deploytool.backends.ran import Asked
 from deploytool.cases import Case, case_files
 from deploytool.difference import Difference
 from deploytool.errors import InputRefused
@@ -23,7 +23,7 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
 
     With `golden`, the timed case and the smallest others are written there with the artifact's own outputs. Returns
     {"cases": n, "sizes": {free dimension: sizes}, "padded": cases with padding, "outputs": {name: figures}}; see
-    Seen and Difference for the figures. With `golden` also "ran", of the timed case; see what_ran.
+    Seen and Difference for the figures. With `golden` also "ran", of the timed case; see Asked.ran.
     """
     opened = Artifact.load(Path(artifact), check=False)
     files = case_files(Path(cases))
@@ -35,7 +35,7 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
     names = dict.fromkeys((*opened.signature.output_names, *expected))
     differences = {name: Difference(name, batched.get(name, False)) for name in names}
     seen = Seen(opened.signature)
-    with open_artifact(opened) as runner:
+    with Asked(opened) if golden else open_artifact(opened) as runner:
         for index, path in enumerate(files):
             case = Case.load(path)
             outputs = runner.run(case.inputs)
@@ -44,9 +44,8 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
                 difference.add(index, case.reference.get(name), outputs.get(name))
             if golden and path in kept:
                 Case(case.inputs, case.reference, outputs).save(Path(golden) / path.name)
-    del runner  # what is asked what it runs is opened anew
     figures = {"cases": len(files), **seen.summary(), "outputs": {name: d.summary() for name, d in differences.items()}}
-    return {**figures, "ran": what_ran(opened, Case.load(files[0]).inputs)} if golden else figures
+    return {**figures, "ran": runner.ran(Case.load(files[0]).inputs)} if isinstance(runner, Asked) else figures
 
 
 def replay_job(artifact: str, cases: str, out: str) -> int:
