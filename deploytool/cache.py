@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,12 +54,13 @@ class Prepared:
 
 def prepare(
     ref: ModelRef, *, exporter: str | None = "auto", seed: int = 0, limits: worker.Limits = worker.NO_LIMITS,
-    use: bool = True,
+    use: bool = True, soon: Callable[[], None] = lambda: None,
 ) -> Prepared:  # fmt: skip
     """The prepared folder of a model: from the cache when nothing changed, else made in a worker.
 
-    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. Raises what
-    the worker raises; EnvironmentLacking when another process holds the lock for half an hour.
+    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. `soon`
+    is called when the folder will be there in a moment: an entry is known, or what has been made is just put in
+    place. Raises what the worker raises; EnvironmentLacking when another process holds the lock for half an hour.
     """
     started = time.perf_counter()
     options = {"exporter": exporter, "seed": seed}
@@ -68,8 +69,8 @@ def prepare(
     index.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(index.with_suffix(".lock"), timeout=_LOCK_SECONDS):
-            found = _find(root, index, ref, options) if use else None
-            folder = found or _make(root, index, ref, options, limits)
+            found = _find(root, index, ref, options, soon) if use else None
+            folder = found or _make(root, index, ref, options, limits, soon)
     except Timeout as error:
         raise EnvironmentLacking("DT404", f"the cache entry of {ref.name!r} must be free (another process holds it)",
                                  fix=f"wait for it; the lock is {index.with_suffix('.lock')}") from error  # fmt: skip
@@ -110,11 +111,14 @@ def drop(unused: Sequence[Entry]) -> None:
         shutil.rmtree(away)
 
 
-def _find(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any]) -> Path | None:
+def _find(
+    root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], soon: Callable[[], None]
+) -> Path | None:
     entry = _read_index(index)
     if entry is None:
         return None
-    folder = root / "lowered" / _key(ref, options, entry["dependencies"])
+    soon()
+    folder = root / "lowered" / _key(_fingerprint(ref, entry["dependencies"]), options)
     if folder.name != entry["folder"] or not folder.is_dir() or not entry["files"].items() <= _listing(folder).items():
         return None
     os.utime(folder)
@@ -137,7 +141,9 @@ def _listing(folder: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
-def _make(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], limits: worker.Limits) -> Path:
+def _make(
+    root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], limits: worker.Limits, soon: Callable[[], None]
+) -> Path:
     lowered = root / "lowered"
     lowered.mkdir(parents=True, exist_ok=True)
     _drop_abandoned(lowered)
@@ -146,14 +152,16 @@ def _make(root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], li
         try:
             info = worker.run(f"preparing {ref.name}", "deploytool.lower.prepare:prepare_job", limits,
                               ref=asdict(ref), out=str(temporary), **options)  # fmt: skip
-            folder = lowered / _key(ref, options, info["dependencies"])
+            soon()
+            fingerprint = _fingerprint(ref, info["dependencies"])
+            folder = lowered / _key(fingerprint, options)
             files = _listing(temporary)
             settle(temporary, folder)  # in one step: another run may be reading the one that is there
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _drop_superseded(index, folder)
     write_json(index, {"dependencies": info["dependencies"], "folder": folder.name, "files": files,
-                       "fingerprint": _fingerprint(ref, info["dependencies"])})  # fmt: skip
+                       "fingerprint": fingerprint})  # fmt: skip
     return folder
 
 
@@ -174,8 +182,8 @@ def _drop_superseded(index: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _key(ref: ModelRef, options: Mapping[str, Any], dependencies: Sequence[str]) -> str:
-    return _digest([_fingerprint(ref, dependencies), dict(options), _versions(), _code()])[:32]
+def _key(fingerprint: str, options: Mapping[str, Any]) -> str:
+    return _digest([fingerprint, dict(options), _versions(), _code()])[:32]
 
 
 def _fingerprint(ref: ModelRef, dependencies: Sequence[str]) -> str:

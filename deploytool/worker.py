@@ -106,6 +106,10 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
+    def expect(self, module: str) -> None:
+        """Let the child import a module while nothing is asked of it; what goes wrong shows when it is used."""
+        self._write(memoryview(json.dumps({"import": module}).encode() + b"\n"))
+
     def call(self, function: str, /, **arguments: Any) -> Any:
         """Run "module:function" in the child and return what it returned."""
         return self._ask({"function": function, "arguments": arguments})
@@ -343,8 +347,13 @@ def serve(parent: int, requests: int, replies: int) -> None:
     held: list[Any] = []
     with os.fdopen(requests, "rb") as lines:
         for line in lines:
+            request = json.loads(line)
+            if "import" in request:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(request["import"])
+                continue
             try:
-                reply = {"result": _answer(json.loads(line), held)}
+                reply = {"result": _answer(request, held)}
                 json.dumps(reply)
             except DeployError as error:
                 traceback.print_exc()

@@ -93,7 +93,8 @@ def infer_task(config: Any) -> str:
 
 
 def _module(task: str, model: Any, folder: Path) -> tuple[nn.Module, Inputs]:
-    tokenize, real = _tokenize(model, folder), tokenizer_of(folder) is not None
+    own = tokenizer_of(folder)
+    tokenize, real = own or _random_ids(model), own is not None
     if task != "causal":
         inputs = inputs_of(task, model, folder, tokenize, real)
         return NamedModel(model, inputs.settings), inputs
@@ -105,11 +106,8 @@ def _module(task: str, model: Any, folder: Path) -> tuple[nn.Module, Inputs]:
     return module, Inputs(samples, causal_lm.causal_inputs(model.config), {}, not real)
 
 
-def _tokenize(model: Any, folder: Path) -> Tokenize:
-    """Real text where the folder has a tokenizer, else seeded random ids (then the source says synthetic)."""
-    tokenizer = tokenizer_of(folder)
-    if tokenizer is not None:
-        return tokenizer
+def _random_ids(model: Any) -> Tokenize:
+    """Seeded random ids where the folder has no tokenizer; the source says synthetic then."""
     random = torch.Generator().manual_seed(0)
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2)
     return lambda text: torch.randint(size, (max(4, len(text) // 4),), generator=random).tolist()

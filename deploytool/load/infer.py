@@ -194,8 +194,15 @@ def _output(name: str, values: Sequence[Tensor], sizes: Sequence[dict[str, int]]
 
 def refuse_non_finite(module: nn.Module) -> None:
     """Raise InputRefused naming the parameters with NaN or infinity and the buffers with NaN: masks hold infinity."""
-    bad = [n for n, t in module.named_parameters() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    bad += [n for n, t in module.named_buffers() if t.is_floating_point() and bool(t.isnan().any())]
+    bad = [name for name, tensor in module.named_parameters() if not _bounds(tensor).isfinite().all()]
+    bad += [name for name, tensor in module.named_buffers() if _bounds(tensor).isnan().any()]
     if bad:
         raise InputRefused("DT304", f"every weight must be finite (got NaN or infinity in {len(bad)})",
                            detail=bad[:10], fix="train or convert the model again")  # fmt: skip
+
+
+def _bounds(tensor: Tensor) -> Tensor:
+    """Smallest and largest element, [2]; both are NaN where one is. No temporary of the tensor's size."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return torch.zeros(2)
+    return torch.stack(torch.aminmax(tensor.detach()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deploytool.artifact import Artifact, Step, versions
 from deploytool.errors import InputRefused
+from deploytool.load.infer import refuse_non_finite
 from deploytool.load.plain_attention import fused_names, unfuse
 from deploytool.lower.onnx_tidy import fold, tidy
 from deploytool.lower.onnx_trace import trace
@@ -48,7 +49,7 @@ def lower_onnx(
     InputRefused DT304: a weight holds NaN or infinity; DT305: no exporter could do it.
     """
     started = time.perf_counter()
-    _refuse_broken_weights(source)
+    refuse_non_finite(source.module)
     _give_back_memory()
     example = choose_example(source.signature, source.samples()) if example is None else example
     model, settings = _export(source, example, exporter)
@@ -186,26 +187,6 @@ def _declare_one(spec: TensorSpec, value: ir.Value) -> None:
         raise ValueError(f"{spec.name!r} must be {spec.dtype} (got {value.dtype})")
     value.type = ir.TensorType(dtype)
     value.shape = ir.Shape(spec.shape)
-
-
-def _refuse_broken_weights(source: Source) -> None:
-    """Buffers may hold infinity: masks do."""
-    bad = [name for name, tensor in source.module.named_parameters() if not _finite(tensor)]
-    bad += [name for name, tensor in source.module.named_buffers() if _has_nan(tensor)]
-    if bad:
-        raise InputRefused("DT304", f"the weights must be finite (got NaN or infinity in {len(bad)} tensors)",
-                           detail=bad[:8], fix="train again or load a sound checkpoint")  # fmt: skip
-
-
-def _finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor.detach())  # NaN shows in both; no temporary of the tensor's size
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 0 and bool(torch.aminmax(tensor.detach())[0].isnan())
 
 
 def _last_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from deploytool.cache import Prepared, prepare
 from deploytool.decoding import decodes
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
+from deploytool.pipeline.ahead import Ahead
 from deploytool.pipeline.best import against_plain, no_better, plain_instead
 from deploytool.pipeline.kept import parity_of
 from deploytool.pipeline.needs import NOTHING_NEEDED, Needs, needs, refuse_impossible, weights_of
@@ -132,15 +133,19 @@ def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
     `NAME.failed` when its figures are the reason. Raises only when the model itself cannot be taken.
     """
     results = [_unavailable(name, reason) for name, (reason, _) in plan.unavailable.items()]
-    with _output(options.out), tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
+    with (
+        _output(options.out),
+        tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work,
+        Ahead(options.limits) as ahead,
+    ):
         if plan.targets:
             say(f"preparing {plan.model.name}")
-            prepared, targets, failed = _prepare(plan, options, say)
+            prepared, targets, failed = _prepare(plan, options, ahead, say)
             results += failed
             graph = prepared.folder / "onnx"
             size = sum(path.stat().st_size for path in graph.iterdir()) if graph.is_dir() else 0
             refuse_impossible(needs(size, targets, False), options.out, options.limits)
-            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed)
+            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed, ahead)
             made: dict[str, dict[str, Any]] = {}  # plain ones that were built out of turn, each once
             for target in targets:
                 if target.name in made:
@@ -183,7 +188,7 @@ def _output(folder: Path) -> Iterator[None]:
 
 
 def _prepare(
-    plan: Plan, options: Options, say: Say
+    plan: Plan, options: Options, ahead: Ahead, say: Say
 ) -> tuple[Prepared, Sequence[Target], list[dict[str, Any]]]:
     """The prepared model, the targets that it can be built for, and results of those that it cannot.
 
@@ -191,7 +196,7 @@ def _prepare(
     """
     own = [target for target in plan.targets if find_backend(target.backend).accepts == "source"]
     try:
-        return prepared_and_checked(plan.model, options, len(own) < len(plan.targets), say), plan.targets, []
+        return prepared_and_checked(plan.model, options, len(own) < len(plan.targets), say, ahead), plan.targets, []
     except InputRefused as error:
         if error.code != "DT305" or not own:
             raise
@@ -200,7 +205,9 @@ def _prepare(
         return prepared_and_checked(plan.model, options, False, say), own, failed
 
 
-def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool, say: Say = lambda line: None) -> Prepared:
+def prepared_and_checked(
+    ref: ModelRef, options: Options, needs_graph: bool, say: Say = lambda line: None, ahead: Ahead | None = None
+) -> Prepared:
     """The prepared model, its ONNX graph shown to be right at every case's shape.
 
     The fast exporter traces; where that bakes a shape in, the graph is lowered again by the other exporter. Where no
@@ -208,11 +215,14 @@ def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool, say
     """
     if not needs_graph:
         return prepare(ref, exporter=None, seed=options.seed, limits=options.limits, use=options.cache)
+    if ahead is None:
+        with Ahead(options.limits) as own:
+            return prepared_and_checked(ref, options, needs_graph, say, own)
     exporters = ["torchscript", "dynamo"] if options.exporter == "auto" and ref.has_module else [options.exporter]
     wrong: list[str] = []
     for exporter in exporters:
         try:
-            prepared, found = _lowered(ref, exporter, options)
+            prepared, found = _lowered(ref, exporter, options, ahead)
         except InputRefused as error:
             if error.code != "DT305" or len(exporters) == 1:
                 raise
@@ -229,18 +239,18 @@ def prepared_and_checked(ref: ModelRef, options: Options, needs_graph: bool, say
                        "numbers; or choose targets that take the module itself (torchscript)")  # fmt: skip
 
 
-def _lowered(ref: ModelRef, exporter: str, options: Options) -> tuple[Prepared, list[str]]:
+def _lowered(ref: ModelRef, exporter: str, options: Options, ahead: Ahead) -> tuple[Prepared, list[str]]:
     """A model lowered by one exporter, and what is wrong with its graph."""
-    prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache)
+    prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache,
+                       soon=ahead.start)  # fmt: skip
     graph = Artifact.load(prepared.folder / "onnx", check=False)
-    with ExitStack() as stack:
-        name = f"checking the graph of {ref.name}"
-        try:
-            figures, _ = parity_of(prepared, graph, lambda: stack.enter_context(worker.untimed(name, options.limits)))
-        except BackendFailed as error:
-            if error.code != "DT504":
-                raise
-            return prepared, [error.message]  # a size that was fixed often shows as an operator that refuses
+    try:
+        with ExitStack() as stack:
+            figures, _ = parity_of(prepared, graph, lambda: stack.enter_context(ahead.lend(f"checking {ref.name}")))
+    except BackendFailed as error:
+        if error.code != "DT504":
+            raise
+        return prepared, [error.message]  # a size that was fixed often shows as an operator that refuses
     return prepared, judge_parity(figures, load_target("ort").parity)
 
 

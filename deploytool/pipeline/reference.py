@@ -12,6 +12,7 @@ from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.cache import Prepared
 from deploytool.cases import case_files
+from deploytool.pipeline.ahead import Ahead
 from deploytool.pipeline.kept import parity_of
 from deploytool.signature import Signature
 from deploytool.source import ModelRef
@@ -23,12 +24,14 @@ from deploytool.verify.judge import compare_quality
 class Reference:
     """What artifacts of one model are built from and measured against. `work` holds what is dropped afterwards."""
 
-    def __init__(self, ref: ModelRef, prepared: Prepared, work: Path, limits: worker.Limits, seed: int):
+    def __init__(self, ref: ModelRef, prepared: Prepared, work: Path, limits: worker.Limits, seed: int,
+                 ahead: Ahead | None = None):  # fmt: skip
         self.ref = ref
         self.prepared = prepared
         self._work = work
         self._limits = limits
         self._seed = seed
+        self._ahead = ahead or Ahead(limits)
         self._made: dict[str, Artifact] = {}
         self._figures: dict[str, Any] | None = None
 
@@ -50,7 +53,7 @@ class Reference:
 
     def engine(self, target: Target) -> worker.Worker:
         """The process that a target is built and verified in."""
-        return worker.untimed(target.name, self._limits)
+        return self._ahead.take(target.name)
 
     def build(self, target: Target, out: Path, engine: worker.Worker) -> Artifact:
         """Build a target of the model into the empty folder `out`."""

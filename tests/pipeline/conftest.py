@@ -50,6 +50,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         def call(self, function: str, /, **arguments: Any) -> Any:
             return run(self.name, function, **arguments)
 
+        def expect(self, module: str) -> None: ...
+
         def __exit__(self, *error: object) -> None: ...
 
     monkeypatch.setattr(worker, "run", run)

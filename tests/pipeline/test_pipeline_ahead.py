@@ -1,0 +1,55 @@
+"""A process that waits: handed on while it is well, and never after it failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploytool.errors import BackendFailed
+from deploytool.pipeline.ahead import Ahead
+from deploytool.worker import NO_LIMITS
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Logs go to a folder of the test."""
+    monkeypatch.setenv("DEPLOYTOOL_CACHE", str(tmp_path))
+
+
+def test_one_process_is_handed_on() -> None:
+    """Whoever borrows and then takes must get the process that was started; the next one a new process."""
+    with Ahead(NO_LIMITS) as ahead:
+        ahead.start()
+        ahead.start()
+        with ahead.lend("checking") as engine:
+            first = engine.call("os:getpid")
+        with ahead.take("building") as engine:
+            assert engine.call("os:getpid") == first and engine.name == "building"
+        with ahead.take("another") as engine:
+            assert engine.call("os:getpid") != first
+
+
+def test_a_process_that_failed_is_not_handed_on() -> None:
+    """After an error the next one must get a new process."""
+    with Ahead(NO_LIMITS) as ahead:
+        with pytest.raises(BackendFailed), ahead.lend("checking") as engine:
+            first = engine.pid
+            engine.call("os:_exit", status=3)
+        with ahead.take("building") as engine:
+            assert engine.pid != first and engine.call("os:getpid") == engine.pid
+
+
+def test_what_cannot_be_imported_shows_when_it_is_used() -> None:
+    """A module that is not there must not end the process that waits for work."""
+    with Ahead(NO_LIMITS) as ahead, ahead.take("odd") as engine:
+        engine.expect("deploytool.nowhere")
+        assert engine.call("os:getpid") == engine.pid
+
+
+def test_it_ends_with_the_block(tmp_path: Path) -> None:
+    """Nothing may be left of a process that nobody took."""
+    with Ahead(NO_LIMITS) as ahead:
+        ahead.start()
+        waiting = ahead._waiting
+    assert waiting is not None and waiting._process.poll() is not None and not list((tmp_path / "logs").iterdir())
