@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 _SQNR_CAP_DB = 300.0  # equal arrays have infinite SQNR, which JSON cannot hold
 _ROUNDINGS = 16.0  # units of rounding of the largest row that sums may leave in a row of nothing
 _SCORES = ("logits", "scores")
+_BLOCK_ELEMENTS = 1 << 16  # half a megabyte of doubles
 
 
 @dataclass(frozen=True)
@@ -64,61 +66,76 @@ class Difference:
             self._compare(case, reference, candidate)
 
     def _compare(self, case: int, reference: np.ndarray, candidate: np.ndarray) -> None:
-        same_infinity = np.isinf(reference) & (reference == candidate) if reference.dtype.kind == "f" else None
+        if reference.dtype.kind == "f":
+            same_infinity = np.isinf(reference) & (reference == candidate)
+            bad = int((~(np.isfinite(candidate) & np.isfinite(reference) | same_infinity)).sum())
+            if bad:
+                self.problems.append(f"case {case}: {bad} of {candidate.size} elements are not finite in one or both")
+                return
+            if same_infinity.any():
+                reference, candidate = (np.where(same_infinity, 0, a).astype(a.dtype) for a in (reference, candidate))
+            self.epsilon = float(np.finfo(reference.dtype).eps)
+        scored = self._scores(reference)
+        rows = range(len(reference)) if self.batched and reference.ndim > 1 else [None]
+        for row in rows:
+            was, now = (reference, candidate) if row is None else (reference[row], candidate[row])
+            name = f"case {case}" + ("" if row is None else f" row {row}")
+            sums = [self._add_block(ref, got, reference.ndim > 1, scored) for ref, got in _blocks(was, now)]
+            self.samples.append(_sample(name, was, now, *np.sum(sums, axis=0).tolist()))
+
+    def _add_block(
+        self, reference: np.ndarray, candidate: np.ndarray, ranked: bool, scored: bool | None
+    ) -> tuple[float, float, float, float]:
+        """Add [n, m] elements; the sums of squares of reference, candidate and error, and the product's sum."""
         ref, got = reference.astype(np.float64), candidate.astype(np.float64)
-        if same_infinity is not None and same_infinity.any():
-            ref, got = np.where(same_infinity, 0.0, ref), np.where(same_infinity, 0.0, got)
-        bad = int((~(np.isfinite(got) & np.isfinite(ref))).sum())
-        if bad:
-            self.problems.append(f"case {case}: {bad} of {got.size} elements are not finite in one or both")
-            return
-        error = np.abs(got - ref)
+        difference = got - ref
+        error = np.abs(difference)
         self.elements += ref.size
         self.max_abs = max(self.max_abs, float(error.max()))
         self.sum_abs += float(error.sum())
-        with np.errstate(over="ignore"):  # what is too large to square is judged in _sqnr_db
-            self.signal += float((ref * ref).sum())
-            self.noise += float((error * error).sum())
-        if reference.dtype.kind == "f":
-            self.epsilon = float(np.finfo(reference.dtype).eps)
-        self._sample(case, ref, got)
-        self._decide(reference, candidate)
-        if self.epsilon and ref.ndim > 1 and ref.shape[-1] > 1:
-            self._diverge(ref, got)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large to square is judged in _sqnr_db
+            flat, other, wrong = ref.ravel(), got.ravel(), difference.ravel()
+            sums = float(flat @ flat), float(other @ other), float(wrong @ wrong), float(flat @ other)
+        self.signal += sums[0]
+        self.noise += sums[2]
+        self._decide(reference, candidate, ranked)
+        if scored is not None:
+            self._diverge(ref, got, scored)
+        return sums
 
-    def _sample(self, case: int, ref: np.ndarray, got: np.ndarray) -> None:
-        rows = range(ref.shape[0]) if self.batched and ref.ndim > 1 else [None]
-        for row in rows:
-            was, now = (ref, got) if row is None else (ref[row], got[row])
-            name = f"case {case}" + ("" if row is None else f" row {row}")
-            self.samples.append(_Sample(name, root_mean_square(was), root_mean_square(now - was), cosine(was, now)))
-
-    def _decide(self, ref: np.ndarray, got: np.ndarray) -> None:
+    def _decide(self, ref: np.ndarray, got: np.ndarray, ranked: bool) -> None:
         """Argmax over the last axis of scores, of at least two each; whole numbers and bools are decisions already.
 
         Choosing what the reference holds equal to its own choice, within rounding, is no other decision.
         """
         if ref.dtype.kind in "biu":
             equal = np.asarray(ref == got)
-        elif ref.ndim > 1 and ref.shape[-1] > 1:
+        elif ranked and ref.shape[-1] > 1:
             chosen = np.take_along_axis(ref, got.argmax(-1)[..., None], -1)[..., 0]
-            largest = np.abs(ref, where=np.isfinite(ref), out=np.zeros_like(ref)).max(-1)
+            largest = np.maximum(np.abs(ref.max(-1)), np.abs(ref.min(-1)))
             equal = np.asarray((chosen == ref.max(-1)) | (ref.max(-1) - chosen <= _ROUNDINGS * self.epsilon * largest))
         else:
             return
         self.decisions += equal.size
         self.agreed += int(equal.sum())
 
-    def _diverge(self, ref: np.ndarray, got: np.ndarray) -> None:
+    def _scores(self, ref: np.ndarray) -> bool | None:
+        """Whether softmax makes probabilities of this output (True), it holds them (False), or is none of it (None)."""
+        if ref.dtype.kind != "f" or ref.ndim < 2 or ref.shape[-1] < 2:
+            return None
+        if ref.min() >= 0 and np.allclose(ref.sum(-1, dtype=np.float64), 1.0, atol=1e-3):
+            return False
+        return True if any(word in self.name.lower() for word in _SCORES) else None
+
+    def _diverge(self, ref: np.ndarray, got: np.ndarray, scored: bool) -> None:
         """Kullback-Leibler divergence in nats of what softmax makes of scores, or of probabilities as they are."""
-        if np.all(ref >= 0) and np.allclose(ref.sum(-1), 1.0, atol=1e-3):
+        if scored:
+            was, now = _log_softmax(ref), _log_softmax(got)
+            share = np.exp(was)
+        else:
+            share = ref
             with np.errstate(divide="ignore"):
                 was, now = np.log(ref), np.log(np.maximum(got, np.finfo(np.float32).tiny))
-        elif any(word in self.name.lower() for word in _SCORES):
-            was, now = _log_softmax(ref), _log_softmax(got)
-        else:
-            return
-        share = np.exp(was)
         with np.errstate(invalid="ignore"):
             divergence = np.where(share > 0, share * (was - now), 0.0).sum(-1)
         self.positions += divergence.size
@@ -182,6 +199,24 @@ class Difference:
             quiet = self.noise <= self.elements * (_ROUNDINGS * self.epsilon) ** 2
             return _SQNR_CAP_DB if quiet else -_SQNR_CAP_DB
         return max(-_SQNR_CAP_DB, min(_SQNR_CAP_DB, 10 * math.log10(self.signal / self.noise)))
+
+
+def _blocks(was: np.ndarray, now: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of [n, m] pieces that fit into a processor's cache, m being the last axis."""
+    width = was.shape[-1] if was.ndim else 1
+    ref, got = was.reshape(-1, width), now.reshape(-1, width)
+    rows = max(1, _BLOCK_ELEMENTS // width)
+    for start in range(0, len(ref), rows):
+        yield ref[start : start + rows], got[start : start + rows]
+
+
+def _sample(name: str, was: np.ndarray, now: np.ndarray, ref: float, got: float, error: float, dot: float) -> _Sample:
+    """Figures of one sample from its sums of squares; doubles may be too large or too small to square."""
+    if was.dtype == np.float64:
+        return _Sample(name, root_mean_square(was), root_mean_square(now - was), cosine(was, now))
+    length = math.sqrt(ref) * math.sqrt(got)
+    turned = 1.0 if error == 0 else min(1.0, max(-1.0, dot / length)) if length else 0.0
+    return _Sample(name, math.sqrt(ref / was.size), math.sqrt(error / was.size), turned)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploytool.artifact import Artifact
+from deploytool.backends import ran
 from deploytool.backends.base import load_checked_target
 from deploytool.cases import Case, case_files
 from deploytool.errors import InputRefused
@@ -220,7 +221,9 @@ def test_golden_cases_hold_the_artifacts_own_outputs(
     artifact: Path, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The timed case and the smallest others must be kept with inputs, reference and what the engine gave."""
-    monkeypatch.setattr(parity, "open_artifact", lambda opened: Planted(_set("same", lambda a: a + np.float32(1e-7))))
+    for module in (parity, ran):
+        planted = _set("same", lambda a: a + np.float32(1e-7))
+        monkeypatch.setattr(module, "open_artifact", lambda opened, planted=planted: Planted(planted))
     parity_job(str(artifact), str(cases), golden=str(tmp_path / "golden"))
     kept = case_files(tmp_path / "golden")
     assert [p.name for p in kept] == ["000.npz", "001.npz", "002.npz"]
