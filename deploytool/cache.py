@@ -118,7 +118,7 @@ def _find(
     if entry is None:
         return None
     soon()
-    folder = root / "lowered" / _key(_fingerprint(ref, entry["dependencies"]), options)
+    folder = root / "lowered" / _key(_fingerprint(ref, _hashed(entry["dependencies"])), options)
     if folder.name != entry["folder"] or not folder.is_dir() or not entry["files"].items() <= _listing(folder).items():
         return None
     os.utime(folder)
@@ -160,7 +160,7 @@ def _make(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _drop_superseded(index, folder)
-    write_json(index, {"dependencies": info["dependencies"], "folder": folder.name, "files": files,
+    write_json(index, {"dependencies": list(info["dependencies"]), "folder": folder.name, "files": files,
                        "fingerprint": fingerprint})  # fmt: skip
     return folder
 
@@ -186,9 +186,13 @@ def _key(fingerprint: str, options: Mapping[str, Any]) -> str:
     return _digest([fingerprint, dict(options), _versions(), _code()])[:32]
 
 
-def _fingerprint(ref: ModelRef, dependencies: Sequence[str]) -> str:
-    files = [[path, sha256_file(Path(path)) if Path(path).is_file() else None] for path in sorted(dependencies)]
-    return _digest([asdict(ref), files])[:32]
+def _fingerprint(ref: ModelRef, dependencies: Mapping[str, str | None]) -> str:
+    return _digest([asdict(ref), sorted(map(list, dependencies.items()))])[:32]
+
+
+def _hashed(paths: Sequence[str]) -> dict[str, str | None]:
+    """The files' SHA-256; None for what is no file."""
+    return {path: sha256_file(Path(path)) if Path(path).is_file() else None for path in paths}
 
 
 def _versions() -> dict[str, str | None]:

@@ -46,6 +46,7 @@ class Source:
     module         called as `module(**feeds)`; may return a tensor or any nesting of tuples, dicts and dataclasses
     flat           the same module as tensors in, tensors out, in the order of the signature: what lowering takes
     samples        re-iterable; each sample is {input name: tensor}; the first is the example that is timed
+    seen           outputs of samples that were run while loading, by the sample's index
     evaluate       evaluate(predict) -> {metric: value}; predict maps named tensors to named output tensors
     lower_is_better names of the metrics that are better when smaller
     calibration    typical samples that compression steps look at; they take `samples` where it is None
@@ -67,6 +68,7 @@ class Source:
     flat: nn.Module
     signature: Signature
     samples: Callable[[], Iterable[dict[str, Tensor]]]
+    seen: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     evaluate: Callable[[Predict], dict[str, float]] | None = None
     lower_is_better: tuple[str, ...] = ()
     calibration: Callable[[], Iterable[dict[str, Tensor]]] | None = None

@@ -18,6 +18,7 @@ from deploytool import cache, worker
 from deploytool.cache import Prepared, prepare
 from deploytool.errors import DeployError, EnvironmentLacking, InputRefused
 from deploytool.source import ModelRef
+from deploytool.storage import sha256_file
 
 MODEL = """
 import torch
@@ -51,7 +52,8 @@ class Made:
         for file in ("prepared.json", "signature.json", "onnx/model.onnx", "cases/000.npz"):
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_text(json.dumps({"number": len(self.calls)}))
-        return {"dependencies": [str(path) for path in self.dependencies]}
+        found = {path: sha256_file(path) if path.is_file() else None for path in self.dependencies}
+        return {"dependencies": {str(path): digest for path, digest in found.items()}}
 
 
 @pytest.fixture
@@ -245,6 +247,7 @@ PARENT = """
 import sys, json
 from deploytool.cache import prepare
 from deploytool.source import ModelRef
+from deploytool.storage import sha256_file
 found = prepare(ModelRef("python", "m", sys.argv[1]))
 print(json.dumps([found.cached, found.fingerprint, sorted({"torch", "onnx", "transformers"} & set(sys.modules))]))
 """

@@ -63,7 +63,7 @@ class OnnxRuntime:
     def open(self, artifact: Artifact, profile: str = "") -> SessionRunner:
         """Open the graph with the session settings of the artifact; `profile` as in open_session."""
         level = str(artifact.settings.get("optimization", "all"))
-        given = {key: artifact.settings[key] for key in ("spinning", "without", "arena", "flush")
+        given = {key: artifact.settings[key] for key in ("spinning", "without", "arena", "flush", "packing")
                  if key in artifact.settings}  # fmt: skip
         session = open_session(artifact.main_file, threads_of(artifact), level, profile=profile, **given)
         return SessionRunner(session, artifact.signature, single_rows=artifact.settings.get("rows") == "single")
@@ -118,12 +118,13 @@ def _plain(portable: Artifact, out: Path, options: tables.OnnxRuntimeBuild) -> d
 
 def open_session(
     model: Path | bytes, threads: int, optimization: str = "all", *, spinning: bool = True,
-    without: Sequence[str] = (), arena: bool = True, flush: bool = False, profile: str = "",
+    without: Sequence[str] = (), arena: bool = True, flush: bool = False, packing: bool = True, profile: str = "",
 ) -> ort.InferenceSession:  # fmt: skip
     """A session on the CPU of a file or a serialized graph; raises BackendFailed with the library's text.
 
-    The settings are those of the same names in `tables.OnnxRuntimeBuild` and of `[runtime]`. With `profile`, the start
-    of a file's name, the session writes down there what it runs.
+    The settings are those of the same names in `tables.OnnxRuntimeBuild` and of `[runtime]`; `packing` lays weights out
+    anew for its kernels, which costs time and a second copy of them. With `profile`, the start of a file's name, the
+    session writes down there what it runs.
     """
     options = ort.SessionOptions()
     if profile:
@@ -131,6 +132,7 @@ def open_session(
         options.profile_file_prefix = profile
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush)))
+    options.add_session_config_entry("session.disable_prepacking", str(int(not packing)))
     options.enable_cpu_mem_arena = arena
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

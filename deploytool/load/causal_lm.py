@@ -13,13 +13,15 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from deploytool.errors import InputRefused
+from deploytool.load.infer import Seen
 from deploytool.load.texts import sentences
 
 Shape = tuple[str | int, ...]
 _NAME = "deploytool_attention"
 _FORBIDDEN = -1e4  # added to a masked score: exp gives exactly 0, and it is still finite in half precision
-# (batch, past, sequence) of the samples: a decoding step is timed; then prefill, both at once, and padded batches.
-_SAMPLES = ((1, 128, 1), (1, 0, 16), (1, 0, 128), (2, 7, 9), (3, 0, 24), (4, 33, 1), (1, 0, 5))
+# (batch, past, sequence) of the samples: a decoding step is timed, and what it comes after; then prefill, both at once,
+# and padded batches.
+_SAMPLES = ((1, 128, 1), (1, 0, 16), (2, 7, 9), (3, 0, 24), (4, 33, 1), (1, 0, 5))
 
 
 def _attention(
@@ -143,24 +145,32 @@ def inputs_for(
     return feeds
 
 
-def causal_samples(module: CausalLM, tokenize: Callable[[str], list[int]]) -> list[dict[str, Tensor]]:
+def causal_samples(
+    module: CausalLM, tokenize: Callable[[str], list[int]], seen: Seen | None = None
+) -> list[dict[str, Tensor]]:
     """Feeds of real text: the first is one decoding step after 128 tokens; batches are padded at the left.
 
-    The past is what `module` itself computes from the text before.
+    The past is what `module` itself computes from the text before. The second sample is the
+    text before the first, whose outputs `seen` gets.
     """
     needed = sum(batch * (past + sequence) for batch, past, sequence in _SAMPLES)
     ids = torch.tensor(_enough(tokenize, needed))
-    samples = []
+    samples: list[dict[str, Tensor]] = []
     for batch, past, sequence in _SAMPLES:
         rows, ids = ids[: batch * (past + sequence)].view(batch, -1), ids[batch * (past + sequence) :]
         padding = 2 * torch.arange(batch)[:, None]
         mask = (torch.arange(past + sequence) >= padding).long()
-        before = None
+        before, filling = None, {}
         if past:
+            filling = inputs_for(module.config, rows[:, :past], mask[:, :past], dtype=_dtype(module))
             with torch.inference_mode():
-                before = module(**inputs_for(module.config, rows[:, :past], mask[:, :past], dtype=_dtype(module)))
+                before = module(**{name: value.clone() for name, value in filling.items()})
             before = {name: value.clone() for name, value in before.items()}
         samples.append(inputs_for(module.config, rows[:, past:], mask, before, _dtype(module)))
+        if len(samples) == 1 and before is not None:
+            samples.append(filling)
+            if seen is not None:
+                seen[1] = before
     return samples
 
 

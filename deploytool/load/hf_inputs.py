@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.errors import InputRefused
-from deploytool.load.infer import Declared
+from deploytool.load.infer import Declared, Seen
 from deploytool.load.texts import Tokenize, sentences, text_batches
 from deploytool.signature import Dim
 from deploytool.storage import read_json
@@ -31,12 +31,16 @@ _LONGEST_TEXT = 512
 
 @dataclass(frozen=True)
 class Inputs:
-    """Samples, their declared shapes, what every call gets beside them, and whether the samples are made up."""
+    """Samples, their declared shapes, what every call gets beside them, and whether the samples are made up.
+
+    `seen` holds outputs that are known already, by the sample's index.
+    """
 
     samples: list[Sample]
     declared: Declared
     settings: dict[str, Any]
     synthetic: bool
+    seen: Seen = field(default_factory=dict)
 
 
 class NamedModel(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 from deploytool.errors import DeployError, EnvironmentLacking, InputRefused
 from deploytool.load.flat import FlatModule
 from deploytool.load.hf_inputs import Inputs, NamedModel, inputs_of, kind_by_class
-from deploytool.load.infer import infer_signature, refuse_non_finite
+from deploytool.load.infer import Seen, infer_signature, refuse_non_finite
 from deploytool.load.optimum_task import task_by_optimum
 from deploytool.load.texts import Tokenize, tokenizer_of
 from deploytool.source import ModelRef, Source
@@ -37,7 +37,7 @@ def open_huggingface(ref: ModelRef) -> Source:
     try:
         module, inputs = _module(task, model, folder)
         module.eval()
-        signature = infer_signature(module, inputs.samples, inputs.declared)
+        signature = infer_signature(module, inputs.samples, inputs.declared, inputs.seen)
     except DeployError:
         raise
     except Exception as error:  # models that want inputs of another kind fail in their own ways
@@ -51,6 +51,7 @@ def open_huggingface(ref: ModelRef) -> Source:
         flat=FlatModule(module, signature.input_names, signature.output_names),
         signature=signature,
         samples=lambda: iter(inputs.samples),
+        seen=inputs.seen,
         assets=assets,
         synthetic=inputs.synthetic,
         dependencies=tuple(sorted(p for p in folder.iterdir() if p.is_file())),
@@ -102,8 +103,9 @@ def _module(task: str, model: Any, folder: Path) -> tuple[nn.Module, Inputs]:
 
     module = causal_lm.CausalLM(model)
     module.eval()
-    samples = causal_lm.causal_samples(module, tokenize)
-    return module, Inputs(samples, causal_lm.causal_inputs(model.config), {}, not real)
+    seen: Seen = {}
+    samples = causal_lm.causal_samples(module, tokenize, seen)
+    return module, Inputs(samples, causal_lm.causal_inputs(model.config), {}, not real, seen)
 
 
 def _random_ids(model: Any) -> Tokenize:

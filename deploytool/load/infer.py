@@ -15,18 +15,22 @@ from deploytool.signature import Dim, Signature, TensorSpec
 
 Sample = Mapping[str, Tensor]
 Declared = Mapping[str, Sequence[Dim]]
+Seen = dict[int, dict[str, Tensor]]
 
 
-def infer_signature(module: nn.Module, samples: Sequence[Sample], declared: Declared | None) -> Signature:
+def infer_signature(
+    module: nn.Module, samples: Sequence[Sample], declared: Declared | None, seen: Seen | None = None
+) -> Signature:
     """Inputs from `declared` and the samples, outputs from running the module at a few sizes.
 
     `declared` maps an input's name to its shape, a free dimension by name. Where it says nothing, a dimension that
-    differs between samples is free; dimensions whose sizes go together in every sample get one name.
+    differs between samples is free; dimensions whose sizes go together in every sample get one name. `seen` gets the
+    outputs of the samples that were run, by their index.
     """
     _check_samples(module, samples)
     inputs = _inputs(samples, declared or {})
     runs = _telling(inputs, samples)
-    outputs = [_outputs(module, run, _free_sizes(inputs, run), made=made) for run, made in runs]
+    outputs = [_outputs(module, run, _free_sizes(inputs, run), made=index >= len(samples)) for run, index in runs]
     if not outputs[0]:
         raise InputRefused("DT302", "the model must return at least one tensor (got none)")
     sizes = [_free_sizes(inputs, run) for run, _ in runs]
@@ -34,6 +38,8 @@ def infer_signature(module: nn.Module, samples: Sequence[Sample], declared: Decl
     if differing := [o for o in outputs if list(o) != names]:
         raise InputRefused("DT302", f"the model must return the same outputs for every sample (got {', '.join(names)} "
                            f"and {', '.join(differing[0])})")  # fmt: skip
+    if seen is not None:
+        seen.update((index, o) for (_, index), o in zip(runs, outputs, strict=True) if index < len(samples))
     return Signature(inputs, tuple(_output(name, [o[name] for o in outputs], sizes) for name in names))
 
 
@@ -143,22 +149,22 @@ def _observed(
     return tuple(shape)
 
 
-def _telling(inputs: tuple[TensorSpec, ...], samples: Sequence[Sample]) -> list[tuple[Sample, bool]]:
-    """Samples whose sizes tell the free dimensions apart, and from fixed ones: the smallest that do.
+def _telling(inputs: tuple[TensorSpec, ...], samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
+    """Samples whose sizes tell the free dimensions apart, and from fixed ones: the smallest that do, and their index.
 
-    Where the samples cannot, the feeds that parity will derive from them; these are marked as made.
+    Where the samples cannot, the feeds that parity will derive from them, which come after them all.
     """
     arrays = [{spec.name: sample[spec.name].numpy() for spec in inputs} for sample in samples]
     feeds = parity_feeds(Signature(inputs, ()), arrays)
-    runs = [({name: torch.from_numpy(array) for name, array in feed.items()}, index >= len(samples))
+    runs = [({name: torch.from_numpy(array) for name, array in feed.items()}, index)
             for index, feed in enumerate(feeds)]  # fmt: skip
-    runs.sort(key=lambda r: (r[1], sum(value.numel() for value in r[0].values())))
-    kept: list[tuple[Sample, bool]] = []
+    runs.sort(key=lambda r: (r[1] >= len(samples), sum(value.numel() for value in r[0].values())))
+    kept: list[tuple[Sample, int]] = []
     told = -1
-    for run, made in runs:
+    for run, index in runs:
         tells = _tells([_free_sizes(inputs, r) for r in (*(k for k, _ in kept), run)])
         if tells > told:
-            kept.append((run, made))
+            kept.append((run, index))
             told = tells
     return kept
 

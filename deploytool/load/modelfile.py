@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deploytool.errors import DeployError, EnvironmentLacking, InputRefused, nearest
 from deploytool.load.flat import FlatModule, as_tensor
-from deploytool.load.infer import infer_signature, refuse_non_finite
+from deploytool.load.infer import Seen, infer_signature, refuse_non_finite
 from deploytool.load.track import tracking
 from deploytool.source import ModelRef, Source
 
@@ -97,8 +97,9 @@ def open_model_file(ref: ModelRef) -> Source:
         samples = file.samples()
     module.eval().requires_grad_(False)
     refuse_non_finite(module)
+    seen: Seen = {}
     try:
-        signature = infer_signature(module, samples, file.hook("INPUTS"))
+        signature = infer_signature(module, samples, file.hook("INPUTS"), seen)
     except DeployError:
         raise
     except Exception as error:
@@ -110,6 +111,7 @@ def open_model_file(ref: ModelRef) -> Source:
         flat=FlatModule(module, signature.input_names, signature.output_names),
         signature=signature,
         samples=lambda: iter(samples),
+        seen=seen,
         evaluate=file.hook("evaluate"),
         lower_is_better=tuple(file.hook("LOWER_IS_BETTER") or ()),
         calibration=file.hook("calibration"),

@@ -27,10 +27,10 @@ _NUMBER = "layer_idx"  # by which transformers' layers find their place in a cac
 
 
 def with_module(source: Source, module: nn.Module, **changes: Any) -> Source:
-    """The source with another module in eval mode, its flat form made anew."""
+    """The source with another module in eval mode, its flat form made anew; what the old one gave is forgotten."""
     module.eval().requires_grad_(False)
     names = source.signature.input_names, source.signature.output_names
-    return dataclasses.replace(source, module=module, flat=FlatModule(module, *names), **changes)
+    return dataclasses.replace(source, module=module, flat=FlatModule(module, *names), seen={}, **changes)
 
 
 def shell(module: nn.Module) -> nn.Module:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.artifact import Artifact, Step, versions
+from deploytool.decoding import decodes
 from deploytool.errors import InputRefused
 from deploytool.load.infer import refuse_non_finite
+from deploytool.load.input_grid import InputGrid
 from deploytool.load.plain_attention import fused_names, unfuse
 from deploytool.lower.onnx_tidy import fold, tidy
 from deploytool.lower.onnx_trace import trace
@@ -31,8 +33,10 @@ Exporter = Literal["auto", "torchscript", "dynamo"]
 
 OPSET = 18  # the newest that ONNX Runtime, OpenVINO and TensorRT all take; 23 and later fail in ONNX Runtime 1.31
 # How the plain ONNX Runtime target opens the graph, every setting: what is known of it then holds for that target too.
+# A language model's graph is rewritten for it; what is checked is opened in the cheapest way then.
 SESSION: dict[str, Any] = {**Runtime().model_dump(mode="json"), "optimization": "all", "without": [], "arena": True,
                            "flush": False}  # fmt: skip
+CHECK_ONLY: dict[str, Any] = {**SESSION, "optimization": "extended", "packing": False}
 _EXAMPLES_SEEN = 64
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
@@ -58,9 +62,19 @@ def lower_onnx(
         save(model, out)
     return Artifact(
         folder=out, backend="onnxruntime", format="onnx", entry=ENTRY, precision="fp32", signature=source.signature,
-        settings=SESSION,
+        settings=CHECK_ONLY if decodes(source.signature) else SESSION,
         history=(Step("lower", settings, versions(_PACKAGES), time.perf_counter() - started),),
     ).save()  # fmt: skip
+
+
+def _of_grids(module: nn.Module) -> dict[str, Any]:
+    """What a graph with learned grids of inputs needs where it runs in floating point.
+
+    ONNX Runtime takes such a graph for one that is to be quantized, and rounds convolutions' weights itself, with one
+    scale per tensor: 1 % of the outputs. It must run the nodes as they are written.
+    """
+    grids = sum(isinstance(inner, InputGrid) for inner in module.modules())
+    return {"input_grids": grids, "fuse_qdq": False} if grids else {}
 
 
 def _give_back_memory() -> None:

@@ -18,6 +18,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ from deploytool.lower.onnx import Exporter, lower_onnx
 from deploytool.lower.onnx_take import take_onnx
 from deploytool.signature import Outputs
 from deploytool.source import ModelRef, Source
-from deploytool.storage import write_json
+from deploytool.storage import sha256_file, write_json
 
 _CALIBRATION_SAMPLES = 32
 
 
 def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, seed: int) -> dict[str, Any]:
-    """Fill the folder `out` for a model; returns the content of prepared.json and the files it depends on.
+    """Fill the folder `out` for a model; returns prepared.json's content and the files it depends on, with SHA-256.
 
     Without an exporter no ONNX graph is made: for targets that take the module itself.
     """
@@ -54,8 +55,10 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     started = time.perf_counter()
     source = open_source(ModelRef(**ref))
     loaded = time.perf_counter()
+    hashing = ThreadPoolExecutor(1)  # beside torch: it takes as long as reading the weights
+    digests = {path: hashing.submit(sha256_file, path) for path in source.dependencies if path.is_file()}
     feeds = parity_feeds(source.signature, map(_arrays, source.samples()))
-    _record_cases(source, feeds, folder / "cases")
+    _record_cases(source, feeds, folder / "cases", source.seen)  # the first feeds are the samples
     weights = {source.ref.path: weights_digest(source.module)}
     if source.original is not None:
         weights[source.original.path] = _record_original(source, source.original, feeds, folder / "original")
@@ -82,18 +85,24 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     }  # fmt: skip
     write_json(folder / "signature.json", source.signature.to_json())
     write_json(folder / "prepared.json", prepared)
-    return {**prepared, "dependencies": sorted({str(p) for p in (*source.dependencies, *opened)})}
+    digests |= {path: hashing.submit(sha256_file, path) for path in opened if path not in digests and path.is_file()}
+    hashing.shutdown()
+    found = {path: digests[path].result() if path in digests else None for path in {*source.dependencies, *opened}}
+    return {**prepared, "dependencies": {str(path): digest for path, digest in sorted(found.items())}}
 
 
 def _portable(source: Source, folder: Path, exporter: Exporter) -> Artifact:
     return lower_onnx(source, folder, exporter=exporter) if source.ref.has_module else take_onnx(source, folder)
 
 
-def _record_cases(source: Source, feeds: Sequence[Outputs], folder: Path) -> None:
-    """Run the eager module on every feed and keep what it gives."""
+def _record_cases(
+    source: Source, feeds: Sequence[Outputs], folder: Path, seen: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Run the eager module on every feed, but for those whose outputs were `seen`, and keep what it gives."""
     for index, inputs in enumerate(feeds):
         try:
-            outputs = _run(source, inputs)
+            known = seen.get(index)
+            outputs = _run(source, inputs) if known is None else {name: t.numpy() for name, t in known.items()}
         except Exception as error:
             raise refused_size(error, source.signature.bind(inputs)) from error
         _refuse_nan(outputs, index)
@@ -106,7 +115,7 @@ def _record_original(source: Source, ref: ModelRef, feeds: Sequence[Outputs], fo
     if original.signature != source.signature:
         raise InputRefused("DT303", "a compressed model must have the inputs and outputs of its original",
                            detail=[f"original: {original.signature}", f"compressed: {source.signature}"])  # fmt: skip
-    _record_cases(original, feeds, folder)
+    _record_cases(original, feeds, folder, {})  # its own samples may be others
     return weights_digest(original.module)
 
 
