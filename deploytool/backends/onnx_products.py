@@ -7,6 +7,9 @@ alone can be put in and its effect on the outputs seen: one session serves all p
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -43,58 +46,91 @@ def _unshare_gemm_weights(model: ModelProto) -> None:
             node.input[1] = own.name
 
 
+class Rounding(Protocol):
+    """What int8 does to the products of a graph, each by itself; `x` is the product's input."""
+
+    def error(self, name: str, x: np.ndarray) -> float:
+        """The relative error of a product's result."""
+        ...
+
+    def noise(self, name: str, x: np.ndarray) -> np.ndarray:
+        """What int8 adds to a product's result."""
+        ...
+
+
 def products_to_keep(model: ModelProto, request: Request, options: tables.KeepFp32, bits: int) -> list[str]:
     """Names of the MatMul nodes with constant weights that stay fp32; `bits` is the width of int8 weights."""
-    return _Ranking(model, request, options, bits).kept()
+    weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+    products = [n for n in model.graph.node
+                if n.op_type == "MatMul" and n.input[1] in weights and n.name not in options.exclude]  # fmt: skip
+    arrays = {n.name: numpy_helper.to_array(weights[n.input[1]]) for n in products}
+    effects = effects_of(model, products, _Dynamic(arrays, bits), request, options)
+    return sensitivity.most_sensitive(effects, len(products), options.keep_fp32, request.target.parity.cosine_min)
+
+
+def effects_of(
+    model: ModelProto, products: Sequence[NodeProto], rounding: Rounding, request: Request, options: tables.KeepFp32
+) -> dict[str, float]:
+    """What rounding the most erring products costs the outputs, each alone, by name; empty where nothing is ranked."""
+    if not sensitivity.worth_ranking(len(products), options.keep_fp32):
+        return {}
+    return _Ranking(model, products, rounding, request, options).effects()
+
+
+@dataclass(frozen=True)
+class _Dynamic:
+    """Dynamic int8: weights symmetric per channel, one range per call for the activations."""
+
+    weights: Mapping[str, np.ndarray]
+    bits: int
+
+    def error(self, name: str, x: np.ndarray) -> float:
+        return sensitivity.own_error(x, self.weights[name], self.bits)
+
+    def noise(self, name: str, x: np.ndarray) -> np.ndarray:
+        return sensitivity.int8_noise(x, self.weights[name], self.bits)
 
 
 class _Ranking:
     """Measures products on a copy of the graph where noise can be added to each of them."""
 
-    def __init__(self, model: ModelProto, request: Request, options: tables.KeepFp32, bits: int) -> None:
-        weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
-        products = [n for n in model.graph.node
-                    if n.op_type == "MatMul" and n.input[1] in weights and n.name not in options.exclude]  # fmt: skip
+    def __init__(
+        self, model: ModelProto, products: Sequence[NodeProto], rounding: Rounding, request: Request,
+        options: tables.KeepFp32,
+    ) -> None:  # fmt: skip
         self.inputs = {n.name: n.input[0] for n in products}
-        self.weights = {n.name: numpy_helper.to_array(weights[n.input[1]]) for n in products}
-        self.request, self.options, self.bits = request, options, bits
+        self.rounding, self.request, self.options = rounding, request, options
         self.outputs = [o.name for o in model.graph.output]
-        if self._needed:
-            self.session = ort.InferenceSession(_with_noise_inputs(model, products).SerializeToString(),
-                                                providers=["CPUExecutionProvider"])  # fmt: skip
+        self.session = ort.InferenceSession(_with_noise_inputs(model, products).SerializeToString(),
+                                            providers=["CPUExecutionProvider"])  # fmt: skip
 
-    @property
-    def _needed(self) -> bool:
-        return sensitivity.worth_ranking(len(self.inputs), self.options.keep_fp32)
-
-    def kept(self) -> list[str]:
-        """Names of the products that stay fp32."""
-        if not self._needed:
-            return []
+    def effects(self) -> dict[str, float]:
+        """Loss of the outputs' cosine by each candidate's noise."""
         errors = dict.fromkeys(self.inputs, 0.0)
         feeds_list = sensitivity.spread(self.request.calibration(), self.options.samples)
         for feeds in feeds_list:
             values = self._run(feeds, sorted(set(self.inputs.values())))
             for name, key in self.inputs.items():
-                errors[name] = max(errors[name], sensitivity.own_error(values[key], self.weights[name], self.bits))
+                errors[name] = max(errors[name], self.rounding.error(name, values[key]))
         effects = dict.fromkeys(sensitivity.candidates(errors, self.options.keep_fp32), 0.0)
         for feeds in feeds_list:
             values = self._run(feeds, [*self.outputs, *sorted({self.inputs[name] for name in effects})])
             reference = [values[name] for name in self.outputs]
             for name in effects:
-                noise = sensitivity.int8_noise(values[self.inputs[name]], self.weights[name], self.bits)
+                noise = self.rounding.noise(name, values[self.inputs[name]])
                 noisy = self._run(feeds, self.outputs, {f"{name}:noise": noise})
-                effects[name] = max(effects[name], sensitivity.output_loss(reference, noisy.values()))
-        return sensitivity.most_sensitive(effects, len(self.inputs), self.options.keep_fp32,
-                                          self.request.target.parity.cosine_min)  # fmt: skip
+                outputs = [noisy[key] for key in self.outputs]
+                effects[name] = max(effects[name], sensitivity.output_loss(reference, outputs))
+        return effects
 
     def _run(self, feeds: Feeds, wanted: list[str], noise: Feeds | None = None) -> dict[str, np.ndarray]:
         silent = {f"{name}:noise": np.zeros(1, np.float32) for name in self.inputs}
         given = {**silent, **(noise or {})}
-        return dict(zip(wanted, self.session.run(wanted, {**feeds, **given}), strict=True))
+        made = [name for name in wanted if name not in feeds]
+        return {**feeds, **dict(zip(made, self.session.run(made, {**feeds, **given}), strict=True))}
 
 
-def _with_noise_inputs(model: ModelProto, products: list[NodeProto]) -> ModelProto:
+def _with_noise_inputs(model: ModelProto, products: Sequence[NodeProto]) -> ModelProto:
     """A copy where the noise `NAME:noise` is added to product NAME, and the products' inputs are outputs."""
     copy = ModelProto()
     copy.CopyFrom(model)

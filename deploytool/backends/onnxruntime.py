@@ -1,5 +1,5 @@
-"""ONNX Runtime on CPUs: the portable graph, a fused decoder (ort_graph.py), dynamic int8 (ort_int8.py), or weights in
-4 or 8 bits (ort_graph.py)."""
+"""ONNX Runtime on CPUs: the portable graph, a fused decoder (ort_graph.py), dynamic int8 (ort_int8.py), static int8
+(onnx_static.py), or weights in 4 or 8 bits (ort_graph.py)."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ class OnnxRuntime:
                 from deploytool.backends.ort_int8 import quantize
 
                 settings |= quantize(portable.main_file, request, options, request.out / ENTRY)
+            case "int8", "static":
+                from deploytool.backends.onnx_qdq import Scheme
+                from deploytool.backends.onnx_static import Options, quantize_static
+
+                static = Options(options, options.int8_ops, options.calibration, options.calibration_samples,
+                                 Scheme(7 if options.reduce_range else 8))  # fmt: skip
+                settings |= quantize_static(portable.main_file, request, static, request.out / ENTRY)
             case ("int8" | "int4"), _:
                 from deploytool.backends.ort_graph import write_weight_only
 

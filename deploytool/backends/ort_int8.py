@@ -31,11 +31,11 @@ def quantize(source: Path, request: Request, options: tables.OnnxRuntimeBuild, o
     _check_names(model, options)
     bits = 7 if options.reduce_range else 8
     kept = [*options.exclude]
-    if "MatMul" in options.op_types:
+    if "MatMul" in options.int8_ops:
         kept += products_to_keep(model, request, options, bits)
     quantize_dynamic(
         model, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=options.reduce_range,
-        op_types_to_quantize=list(options.op_types), nodes_to_exclude=kept,
+        op_types_to_quantize=list(options.int8_ops), nodes_to_exclude=kept,
         use_external_data_format=model.ByteSize() > _LARGEST_BYTES,
         # Operators of com.microsoft have no shape inference; without a default the quantizer stops at their weights.
         extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True},
@@ -44,7 +44,7 @@ def quantize(source: Path, request: Request, options: tables.OnnxRuntimeBuild, o
     if not done:
         there = ", ".join(sorted({node.op_type for node in model.graph.node}))
         raise InputRefused(
-            "DT310", f"the graph must hold operators that become dynamic int8: {', '.join(options.op_types)} with "
+            "DT310", f"the graph must hold operators that become dynamic int8: {', '.join(options.int8_ops)} with "
             f"constant weights (got {there})",
             fix="choose an fp32 target, or one with static int8: openvino-int8",
         )  # fmt: skip

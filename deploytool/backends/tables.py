@@ -52,6 +52,10 @@ class FbgemmBuild(KeepFp32):
     embeddings: bool = False
 
 
+_DYNAMIC_OPS = ("MatMul", "LSTM", "Attention")
+_INT8_OPS = {"static": ("MatMul", "Conv"), "weights": ()}
+
+
 class OnnxRuntimeBuild(KeepFp32):
     """`optimization`, `fuse` and what is of the session hold for every precision.
 
@@ -61,10 +65,14 @@ class OnnxRuntimeBuild(KeepFp32):
     flush          whether denormal numbers count as zero: arithmetic on them is many times slower on x86. The first
                    session of a process decides for all
     fuse           a language model's attention, norms and products become ONNX Runtime's own operators
-    scheme         int8: "dynamic" rounds the inputs of products too, "weights" the weights alone; int4 rounds weights
-    op_types       dynamic: operators that become int8: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather",
-                   "Conv"
-    reduce_range   dynamic: 7-bit weights, which cannot saturate on CPUs without VNNI
+    scheme         int8: "dynamic" rounds the inputs of products too, in ranges taken on every call; "static" in ranges
+                   that calibration fixes; "weights" the weights alone. int4 rounds weights
+    op_types       operators that become int8. Dynamic: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather",
+                   "Conv", the first three where left out; static: "MatMul" and "Conv"
+    reduce_range   dynamic and static: 7-bit weights, which cannot saturate on CPUs without VNNI
+    calibration    static: how ranges follow from the feeds; "percentile" leaves out 0.001 % at either end, "entropy"
+                   cuts where least information is lost, "auto" takes the one that loses least on the feeds
+    calibration_samples   static: how many calibration feeds are read
     group          weights alone: how many weights of a row share a scale
     activations    weights alone: the inputs of a product as "fp32", or per group as "int8", which is faster
     int8_share     int4: the share of the weights that gets 8 bits, those that lose most
@@ -77,14 +85,25 @@ class OnnxRuntimeBuild(KeepFp32):
     arena: bool = True
     flush: bool = False
     fuse: bool = True
-    scheme: Literal["dynamic", "weights"] = "dynamic"
-    op_types: tuple[Literal["MatMul", "LSTM", "Attention", "Gather", "Conv"], ...] = Field(
-        default=("MatMul", "LSTM", "Attention"), strict=False
-    )
+    scheme: Literal["dynamic", "static", "weights"] = "dynamic"
+    op_types: tuple[Literal["MatMul", "LSTM", "Attention", "Gather", "Conv"], ...] = Field(default=(), strict=False)
     reduce_range: bool = True
+    calibration: Literal["auto", "min-max", "percentile", "entropy"] = "auto"
+    calibration_samples: int = Field(default=32, ge=1, le=10_000)
     group: Literal[16, 32, 64, 128] = 64
     activations: Literal["fp32", "int8"] = "int8"
     int8_share: float = Field(default=0.0, ge=0, le=1)
+
+    @property
+    def int8_ops(self) -> tuple[str, ...]:
+        """`op_types`, or where they are left out those of the scheme."""
+        return self.op_types or _INT8_OPS.get(self.scheme, _DYNAMIC_OPS)
+
+    @model_validator(mode="after")
+    def _known_to_the_scheme(self) -> Self:
+        if self.scheme == "static" and (others := set(self.op_types) - set(_INT8_OPS["static"])):
+            raise ValueError(f'must have "MatMul" and "Conv" alone in op_types for static int8 (got {sorted(others)})')
+        return self
 
 
 class OpenVinoBuild(KeepFp32):

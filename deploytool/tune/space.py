@@ -72,6 +72,11 @@ class Config:
         return replace(other, changes=tuple(sorted({**build, **kept}.items())))
 
 
+def _fits(profile: Target, key: str) -> bool:
+    """Whether the profile's scheme knows a setting at all."""
+    return not (key == "op_types" and profile.build.get("scheme") == "static")
+
+
 def _word(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
@@ -83,7 +88,7 @@ def build_choices(profile: Target, objective: str) -> list[Change]:
     for key, values in CHOICES.get((profile.backend, profile.precision), {}).items():
         for value in values:
             wanted = (vnni or (key, value) not in _NEEDS_VNNI) and _ONLY_FOR.get(key, objective) == objective
-            if wanted and profile.build.get(key) != (list(value) if isinstance(value, tuple) else value):
+            if wanted and _fits(profile, key) and profile.build.get(key) != (list(value) if isinstance(value, tuple) else value):
                 found.append((f"build.{key}", value))
     return found
 
