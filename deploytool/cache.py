@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,14 @@ class Prepared:
 
 def prepare(
     ref: ModelRef, *, exporter: str | None = "auto", seed: int = 0, limits: worker.Limits = worker.NO_LIMITS,
-    use: bool = True, soon: Callable[[], None] = lambda: None,
+    use: bool = True, soon: Callable[[], None] = lambda: None, run: Callable[..., Any] | None = None,
 ) -> Prepared:  # fmt: skip
     """The prepared folder of a model: from the cache when nothing changed, else made in a worker.
 
-    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. `soon`
-    is called when the folder will be there in a moment: an entry is known, or what has been made is just put in
-    place. Raises what the worker raises; EnvironmentLacking when another process holds the lock for half an hour.
+    Without an exporter no ONNX graph is made. With `use` False it is made anew even when it is there. `soon` is called
+    when the folder will be there in a moment: an entry is known, or what was made is just put in place. `run` stands in
+    for `worker.run`. Raises what the worker raises; EnvironmentLacking when another process holds the lock for half an
+    hour.
     """
     started = time.perf_counter()
     options = {"exporter": exporter, "seed": seed}
@@ -70,7 +72,7 @@ def prepare(
     try:
         with FileLock(index.with_suffix(".lock"), timeout=_LOCK_SECONDS):
             found = _find(root, index, ref, options, soon) if use else None
-            folder = found or _make(root, index, ref, options, limits, soon)
+            folder = found or _make(root, index, ref, options, soon, partial(run or worker.run, limits=limits))
     except Timeout as error:
         raise EnvironmentLacking("DT404", f"the cache entry of {ref.name!r} must be free (another process holds it)",
                                  fix=f"wait for it; the lock is {index.with_suffix('.lock')}") from error  # fmt: skip
@@ -142,16 +144,17 @@ def _listing(folder: Path) -> dict[str, list[int]]:
 
 
 def _make(
-    root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], limits: worker.Limits, soon: Callable[[], None]
-) -> Path:
+    root: Path, index: Path, ref: ModelRef, options: Mapping[str, Any], soon: Callable[[], None],
+    run: Callable[..., Any],
+) -> Path:  # fmt: skip
     lowered = root / "lowered"
     lowered.mkdir(parents=True, exist_ok=True)
     _drop_abandoned(lowered)
     with writing(lowered):
         temporary = Path(tempfile.mkdtemp(dir=lowered, prefix=".tmp-"))
         try:
-            info = worker.run(f"preparing {ref.name}", "deploytool.lower.prepare:prepare_job", limits,
-                              ref=asdict(ref), out=str(temporary), **options)  # fmt: skip
+            info = run(f"preparing {ref.name}", "deploytool.lower.prepare:prepare_job", ref=asdict(ref),
+                       out=str(temporary), **options)  # fmt: skip
             soon()
             fingerprint = _fingerprint(ref, info["dependencies"])
             folder = lowered / _key(fingerprint, options)

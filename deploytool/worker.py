@@ -250,6 +250,11 @@ class Worker:
         kill_all(self._process.pid, family)
         self._process.wait()
 
+    def kill(self) -> None:
+        """End the child at once, whatever it does."""
+        self._kill(grace=0)
+        self.close()
+
     def close(self) -> None:
         """End the child; its log goes when nothing failed."""
         if self._closed:

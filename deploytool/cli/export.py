@@ -10,6 +10,7 @@ import click
 
 from deploytool.cli import options
 from deploytool.errors import CheckFailed, EnvironmentLacking, from_json
+from deploytool.pipeline.ahead import Ahead
 from deploytool.worker import Limits
 
 
@@ -42,24 +43,27 @@ def command(
     MODEL is a shipped name, a Python model file, a Hugging Face folder or id, an ONNX file, or a folder that compress
     wrote.
     """
-    from deploytool.pipeline.export import Options, export, make_plan
-
     say = options.say(quiet)
     name = options.model_or_default(model, say)
-    chosen = options.targets_or_default(targets)
-    out = output or Path("deploytool-out") / Path(name).stem
-    how = Options(out=out, overwrite=overwrite, bench_seconds=0.0 if no_bench else bench_seconds,
-                  quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits,
-                  samples=samples, keep_best=keep_best)  # fmt: skip
-    plan = make_plan(name, chosen, how)
-    say(f"plan: {json.dumps(plan.to_json(how))}")
-    if dry_run:
-        if as_json:
-            options.print_json({"schema_version": "1.0", "plan": plan.to_json(how)})
-        return 0
-    for target, (reason, fix) in plan.unavailable.items():
-        say(f"{target}: unavailable, {reason}; {fix}")
-    report = export(plan, how, say)
+    with Ahead(limits) as ahead:
+        if not dry_run and not no_cache:
+            ahead.expect_lowering(name, exporter, str(seed))  # before the imports below, which take as long
+        from deploytool.pipeline.export import Options, export, make_plan
+
+        chosen = options.targets_or_default(targets)
+        out = output or Path("deploytool-out") / Path(name).stem
+        how = Options(out=out, overwrite=overwrite, bench_seconds=0.0 if no_bench else bench_seconds,
+                      quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits,
+                      samples=samples, keep_best=keep_best)  # fmt: skip
+        plan = make_plan(name, chosen, how)
+        say(f"plan: {json.dumps(plan.to_json(how))}")
+        if dry_run:
+            if as_json:
+                options.print_json({"schema_version": "1.0", "plan": plan.to_json(how)})
+            return 0
+        for target, (reason, fix) in plan.unavailable.items():
+            say(f"{target}: unavailable, {reason}; {fix}")
+        report = export(plan, how, say, ahead)
     if as_json:
         options.print_json(report)
     else:

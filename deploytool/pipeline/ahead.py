@@ -1,26 +1,48 @@
-"""A process started before it is needed: its start and its imports pass while another stage works."""
+"""Processes started before they are needed: their start and their imports pass while something else works."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from deploytool import worker
 
 _IMPORTED = "deploytool.verify.parity"  # with NumPy, and no engine's library
+_LOWERING = "deploytool.lower.prepare"
 
 
 class Ahead:
-    """One process that waits, for the check of the graph and then for the first target; a context manager.
+    """A process for the lowering, and one that waits for the check of the graph and then for the first target.
 
-    Whoever comes when it is taken, or has failed, gets a new one.
+    A context manager. Whoever comes when a process is taken, or has failed, gets a new one.
     """
 
     def __init__(self, limits: worker.Limits) -> None:
         self._limits = limits
         self._waiting: worker.Worker | None = None
+        self._lowering: worker.Worker | None = None
+        self._typed: Path | None = None
+
+    def expect_lowering(self, *typed: str) -> None:
+        """Start the process that lowers, unless the same was typed here before: the cache knows the model then."""
+        digest = hashlib.sha256(json.dumps([os.getcwd(), *typed]).encode()).hexdigest()
+        self._typed = worker.cache_folder() / "typed" / digest[:32]
+        if not self._typed.exists():
+            self._lowering = worker.untimed("preparing", self._limits)
+            self._lowering.expect(_LOWERING)
+
+    def run(self, name: str, function: str, /, limits: worker.Limits, **arguments: Any) -> Any:
+        """As `worker.run`, in the process that is expected to lower where there is one."""
+        engine, self._lowering = self._lowering or worker.untimed(name, limits), None
+        engine.name = name
+        with engine:
+            return engine.call(function, **arguments)
 
     def start(self) -> None:
         """Start the process that waits, unless there is one; it takes 40 MB from here on."""
@@ -52,5 +74,9 @@ class Ahead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._waiting:
-            self._waiting.__exit__(kind, error, trace)
+        for unused in (self._waiting, self._lowering):
+            if unused:
+                unused.kill()
+        if error is None and self._typed:
+            self._typed.parent.mkdir(parents=True, exist_ok=True)
+            self._typed.touch()

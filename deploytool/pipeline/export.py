@@ -126,18 +126,17 @@ def _refuse_same_name(profiles: Sequence[Target]) -> None:
                            fix="change `name` in one of the profiles")  # fmt: skip
 
 
-def export(plan: Plan, options: Options, say: Say) -> dict[str, Any]:
-    """Carry out a plan; returns the report that `export --json` prints.
+def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -> dict[str, Any]:
+    """Carry out a plan; returns the report that `export --json` prints. Processes may have been started `ahead`.
 
     A target that fails does not stop the others; its "status" and "reason" say so, and what was built is kept as
     `NAME.failed` when its figures are the reason. Raises only when the model itself cannot be taken.
     """
+    if ahead is None:
+        with Ahead(options.limits) as ahead:
+            return export(plan, options, say, ahead)
     results = [_unavailable(name, reason) for name, (reason, _) in plan.unavailable.items()]
-    with (
-        _output(options.out),
-        tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work,
-        Ahead(options.limits) as ahead,
-    ):
+    with _output(options.out), tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
         if plan.targets:
             say(f"preparing {plan.model.name}")
             prepared, targets, failed = _prepare(plan, options, ahead, say)
@@ -242,7 +241,7 @@ def prepared_and_checked(
 def _lowered(ref: ModelRef, exporter: str, options: Options, ahead: Ahead) -> tuple[Prepared, list[str]]:
     """A model lowered by one exporter, and what is wrong with its graph."""
     prepared = prepare(ref, exporter=exporter, seed=options.seed, limits=options.limits, use=options.cache,
-                       soon=ahead.start)  # fmt: skip
+                       soon=ahead.start, run=ahead.run)  # fmt: skip
     graph = Artifact.load(prepared.folder / "onnx", check=False)
     try:
         with ExitStack() as stack:

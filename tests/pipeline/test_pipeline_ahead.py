@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,20 @@ def test_it_ends_with_the_block(tmp_path: Path) -> None:
         ahead.start()
         waiting = ahead._waiting
     assert waiting is not None and waiting._process.poll() is not None and not list((tmp_path / "logs").iterdir())
+
+
+def test_the_lowering_is_expected_once(tmp_path: Path) -> None:
+    """A model that was typed before is in the cache: no process may be started for it again; nor for one that failed."""
+    for wanted in (True, False):
+        with Ahead(NO_LIMITS) as ahead:
+            ahead.expect_lowering("model", "auto", "0")
+            assert (ahead._lowering is not None) is wanted
+            assert ahead.run("lowering", "os:getcwd", NO_LIMITS) == os.getcwd() and ahead._lowering is None
+    with pytest.raises(ValueError, match="another"), Ahead(NO_LIMITS) as ahead:
+        ahead.expect_lowering("another", "auto", "0")
+        expected = ahead._lowering
+        raise ValueError("another")
+    assert expected is not None and expected._process.poll() is not None
+    with Ahead(NO_LIMITS) as ahead:
+        ahead.expect_lowering("another", "auto", "0")
+        assert ahead._lowering is not None
