@@ -18,7 +18,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,9 +25,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from deploytool.errors import UsageProblem
+from deploytool.errors import EnvironmentLacking, UsageProblem
 from deploytool.train.recompute import blocks
 from deploytool.train.schedule import Parallel
+
+try:
+    from accelerate import PartialState
+except ImportError as error:
+    raise EnvironmentLacking("DT401", f"training must be able to import accelerate (got: {error})",
+                             fix="pip install 'deploytool[train]'") from error  # fmt: skip
 
 _GROUP = 2  # processes that share layers where sharding and tensor parallelism go together
 _DATA, _TENSOR = "data", "tensor"

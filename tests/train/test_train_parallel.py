@@ -130,3 +130,10 @@ def test_groups_must_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 if __name__ == "__main__":
     _two_processes(Path(sys.argv[1]))
+
+
+def test_a_missing_package_is_told_with_its_extra() -> None:
+    """Training without accelerate must end as a lack of the environment, and name what installs it."""
+    code = "import sys; sys.modules['accelerate'] = None; import deploytool.train.parallel"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "EnvironmentLacking" in done.stderr and "pip install 'deploytool[train]'" in done.stderr
