@@ -45,6 +45,17 @@ class CutNode:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A weight that is kept in whole numbers: `values` turned back to floats (float64), and the size of one `steps`.
+
+    Laid out as the operator that reads it has it; `steps` can be broadcast to `values`.
+    """
+
+    values: np.ndarray
+    steps: np.ndarray
+
+
 class CutGraph(Protocol):
     """Nodes in an order in which each follows its inputs; `outputs` are names of tensors."""
 
@@ -61,6 +72,10 @@ class CutGraph(Protocol):
 
     def constant(self, name: str) -> np.ndarray | None:
         """The value of a constant; None where there is none of this name."""
+        ...
+
+    def stored(self, node: CutNode) -> Stored | None:
+        """The weight that a node reads in whole numbers; None for nodes without, and for ways of storing unknown."""
         ...
 
 

@@ -11,7 +11,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploytool.artifact import Artifact
-from deploytool.backends.cut import CutNode
+from deploytool.backends.cut import CutNode, Stored
 from deploytool.backends.onnx_fp16 import with_roundings
 from deploytool.backends.onnxruntime import open_session
 from deploytool.errors import BackendFailed
@@ -19,6 +19,7 @@ from deploytool.signature import Feeds, Outputs
 
 GRAPH = "model.onnx"
 _GIVEN = ":given"
+_QUANTIZED = "_quantized"
 _WRAPPERS = 2  # scopes of our own around the user's module: the weights' lender and the flat module
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -65,6 +66,20 @@ class OnnxGraph:
     def constant(self, name: str) -> np.ndarray | None:
         """The value of an initializer or of a Constant node."""
         return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
+
+    def stored(self, node: CutNode) -> Stored | None:
+        """The int8 weight of a product with its scale and zero point, as ONNX Runtime's quantizer names them."""
+        name = node.constants.get(1, "")
+        if not node.kind.endswith("Integer") or not name.endswith(_QUANTIZED):
+            return None
+        parts = [self.constant(f"{name.removesuffix(_QUANTIZED)}{part}") for part in ("_scale", "_zero_point")]
+        codes, scale, zero = self.constant(name), *parts
+        if codes is None or scale is None or zero is None:
+            return None
+        if node.kind == "ConvInteger" and scale.size > 1:  # output channels come first
+            scale, zero = (a.reshape(-1, *(1,) * (codes.ndim - 1)) if a.size > 1 else a for a in (scale, zero))
+        steps = scale.astype(np.float64)
+        return Stored((codes.astype(np.float64) - zero.astype(np.float64)) * steps, steps)
 
     def run(self, wanted: Sequence[str], given: Feeds) -> Outputs:
         """The sub-model between `given` and `wanted`; see CutGraph."""

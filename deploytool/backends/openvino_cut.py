@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deploytool.artifact import Artifact
-from deploytool.backends.cut import CutGraph, CutNode
+from deploytool.backends.cut import CutGraph, CutNode, Stored
 from deploytool.backends.onnx_cut import portable_graph
 from deploytool.backends.openvino import compile_ir
 from deploytool.errors import BackendFailed
@@ -56,6 +56,10 @@ class OpenVinoGraph:
     def constant(self, name: str) -> np.ndarray | None:
         """The value of a Constant."""
         return np.array(self._constants[name].get_data()) if name in self._constants else None
+
+    def stored(self, node: CutNode) -> Stored | None:
+        """None: NNCF moves sizes between weights and activations, so that no weight is the model's alone."""
+        return None
 
     def run(self, wanted: Sequence[str], given: Feeds) -> Outputs:
         """The sub-model between `given` and `wanted`; see CutGraph."""

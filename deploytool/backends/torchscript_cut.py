@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deploytool.artifact import Artifact
-from deploytool.backends.cut import CutNode
+from deploytool.backends.cut import CutNode, Stored
 from deploytool.backends.eager import as_tuple, positional
 from deploytool.backends.torchscript import ENTRY, save_traced, torch_jit
 from deploytool.cases import read_cases
@@ -25,9 +25,19 @@ from deploytool.signature import Feeds, Outputs, Signature
 from deploytool.source import ModelRef
 
 _CONSTANT = "prim::Constant"
-_HOLDING = ("prim::GetAttr",)  # weights of quantized layers
+# What quantizers add or leave out between operators; a graph's order of the others is the same.
+_PASSING = ("prim::GetAttr", "prim::ListConstruct", "prim::TupleConstruct", "aten::to", "aten::quantize_per_tensor",
+            "aten::dequantize")  # fmt: skip
 _PLAIN = {"quantized::linear_dynamic": "aten::linear", "quantized::linear": "aten::linear",
-          "aten::quantized_lstm": "aten::lstm", "quantized::embedding_byte": "aten::embedding"}  # fmt: skip
+          "aten::quantized_lstm": "aten::lstm", "quantized::embedding_byte": "aten::embedding",
+          "quantized::conv1d": "aten::_convolution", "quantized::conv2d": "aten::_convolution",
+          "quantized::conv3d": "aten::_convolution", "quantized::conv1d_relu": "aten::relu",
+          "quantized::conv2d_relu": "aten::relu", "quantized::conv3d_relu": "aten::relu",
+          "quantized::linear_relu": "aten::relu", "quantized::leaky_relu": "aten::leaky_relu"}  # fmt: skip
+_WHOLE = "quantized::"
+_OPERATORS = torch.ops.quantized
+_UNPACK = {"quantized::linear": _OPERATORS.linear_unpack, "quantized::conv1d": _OPERATORS.conv1d_unpack,
+           "quantized::conv2d": _OPERATORS.conv2d_unpack, "quantized::conv3d": _OPERATORS.conv3d_unpack}  # fmt: skip
 
 
 def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tuple[ScriptGraph, ScriptGraph]:
@@ -43,7 +53,8 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
         save_traced(source.flat, arguments, path)
         reference = ScriptGraph(_load(path), artifact.signature, owners)
     candidate = ScriptGraph(_load(artifact.main_file), artifact.signature, {})
-    candidate.take_names(reference)
+    given = {spec.name: tensor.numpy() for spec, tensor in zip(artifact.signature.inputs, arguments, strict=True)}
+    candidate.take_names(reference, given)
     return reference, candidate
 
 
@@ -71,6 +82,7 @@ class ScriptGraph:
         returned = _returned(graph)
         self._results = dict(zip((value.debugName() for value in returned), signature.output_names, strict=True))
         self._taken: dict[str, str] = {}
+        self._grids: dict[str, tuple[float, int, torch.dtype]] = {}
         self.outputs = tuple(signature.output_names)
         self.nodes = self._read()
 
@@ -78,16 +90,31 @@ class ScriptGraph:
         nodes = enumerate(self._script.graph.nodes())
         return tuple(self._node(node, index) for index, node in nodes if node.kind() != _CONSTANT)
 
-    def take_names(self, other: ScriptGraph) -> None:
-        """Give tensors the names of those in their place in another graph, whose quantized operators are plain."""
-        mine, theirs = ([node for node in g.nodes if node.kind not in _HOLDING] for g in (self, other))
+    def take_names(self, other: ScriptGraph, feeds: Feeds) -> None:
+        """Give tensors the names of those in their place in another graph, whose quantized operators are plain.
+
+        Both are run on `feeds`: tensors of other shapes are not in the same place. Of those that are whole numbers here
+        the scale and zero point are learned, and what is given from outside is rounded to them.
+        """
+        seen, theirs_seen = self._seen(feeds), other._seen(feeds)
+        mine, theirs = ([node for node in g.nodes if node.kind not in _PASSING] for g in (self, other))
         kinds, others = ([_PLAIN.get(node.kind, node.kind) for node in nodes] for nodes in (mine, theirs))
         matched: dict[str, str] = {}
         for start, twin, size in difflib.SequenceMatcher(a=kinds, b=others, autojunk=False).get_matching_blocks():
             for node, like in zip(mine[start : start + size], theirs[twin : twin + size], strict=True):
-                matched |= dict(zip(node.outputs, like.outputs, strict=False))
-        self._taken = {name: matched.get(name, f"own:{name}") for node in mine for name in node.outputs}
+                pairs = zip(node.outputs, like.outputs, strict=False)
+                matched |= {a: b for a, b in pairs if a in seen and b in theirs_seen
+                            and seen[a].shape == theirs_seen[b].shape}  # fmt: skip
+        self._taken = {name: matched.get(name, f"own:{name}") for node in self.nodes for name in node.outputs}
+        self._grids = {self._taken.get(name, name): (tensor.q_scale(), tensor.q_zero_point(), tensor.dtype)
+                       for name, tensor in seen.items()
+                       if tensor.is_quantized and tensor.qscheme() == torch.per_tensor_affine}  # fmt: skip
         self.nodes = self._read()
+
+    def _seen(self, feeds: Feeds) -> dict[str, Tensor]:
+        """Every tensor that the graph computes of some feeds."""
+        graph, asked, arguments = self._cut([name for node in self.nodes for name in node.outputs], feeds)
+        return dict(zip(asked, self._tensors(graph, arguments), strict=True))
 
     def _name(self, value: Any) -> str:
         """What a tensor is called: inputs and outputs as in the signature."""
@@ -105,8 +132,11 @@ class ScriptGraph:
         owner = next((self._owners[key] for w in weights if w is not None and (key := _fingerprint(w)) in self._owners),
                      "")  # fmt: skip
         outputs = tuple(self._name(value) for value in node.outputs())
-        return CutNode(f"{node.kind()} {outputs[0] if outputs else index}", str(node.kind()), inputs, outputs,
-                       constants, owner, {"values": self._numbers(node)})  # fmt: skip
+        kind = str(node.kind())
+        if self._grids.keys() & {*outputs}:
+            kind = f"{_WHOLE}{kind.rpartition('::')[2]}"  # also those that only pass whole numbers on, such as pooling
+        return CutNode(f"{node.kind()} {outputs[0] if outputs else index}", kind, inputs, outputs, constants, owner,
+                       {"values": self._numbers(node)})  # fmt: skip
 
     def _numbers(self, node: Any) -> list[Any]:
         """Constant arguments that are no tensors: axes, sizes, scales."""
@@ -120,8 +150,31 @@ class ScriptGraph:
         value = None if node is None else node.output().toIValue()
         return value.detach().numpy() if isinstance(value, Tensor) and not value.is_quantized else None
 
+    def stored(self, node: CutNode) -> Stored | None:
+        """The weight inside a quantized linear or convolutional layer."""
+        unpack = next((_UNPACK[kind] for kind in _UNPACK if node.kind.startswith(kind)), None)
+        packed = self._constants.get(node.constants.get(1, ""))
+        if unpack is None or packed is None:
+            return None
+        weight = unpack(packed.output().toIValue())[0]
+        if weight.qscheme() == torch.per_tensor_affine:
+            steps = np.array(weight.q_scale())
+        else:
+            steps = weight.q_per_channel_scales().double().numpy().reshape(-1, *(1,) * (weight.dim() - 1))
+        return Stored(weight.dequantize().double().numpy(), steps)
+
     def run(self, wanted: Sequence[str], given: Feeds) -> Outputs:
         """The sub-graph between `given` and `wanted`; see CutGraph. Numbers and lists are no tensors: left out."""
+        graph, asked, arguments = self._cut(wanted, given)
+        try:
+            tensors = self._tensors(graph, arguments)
+        except RuntimeError as error:
+            raise BackendFailed("DT504", f"TorchScript must run the cut graph (got: {error})"[:2000]) from error
+        return {name: (tensor.dequantize() if tensor.is_quantized else tensor).numpy()
+                for name, tensor in zip(asked, tensors, strict=True)}  # fmt: skip
+
+    def _cut(self, wanted: Sequence[str], given: Feeds) -> tuple[Any, list[str], list[Tensor]]:
+        """The sub-graph, the wanted names that are tensors, and what it takes."""
         graph = self._script.graph.copy()
         names = map(self._name, _values(self._script.graph))  # the copy's own differ, its order does not
         values = dict(zip(names, _values(graph), strict=True))
@@ -131,26 +184,23 @@ class ScriptGraph:
                 fed = graph.addInput()
                 fed.setType(values[name].type())
                 values[name].replaceAllUsesWith(fed)
-                arguments.append(torch.from_numpy(np.array(array)))
+                tensor, grid = torch.from_numpy(np.array(array)), self._grids.get(name)
+                arguments.append(torch.quantize_per_tensor(tensor, *grid) if grid else tensor)
         asked = [name for name in wanted if _is_tensor(values[name])]
         while list(graph.outputs()):
             graph.eraseOutput(0)
         for name in asked:
             graph.registerOutput(values[name])
         graph.makeMultiOutputIntoTuple()
-        try:
-            return self._call(graph, asked, arguments)
-        except RuntimeError as error:
-            raise BackendFailed("DT504", f"TorchScript must run the cut graph (got: {error})"[:2000]) from error
+        return graph, asked, arguments
 
-    def _call(self, graph: Any, asked: Sequence[str], arguments: Sequence[Tensor]) -> Outputs:
+    def _tensors(self, graph: Any, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         torch._C._jit_pass_dce(graph)
         for _ in self._fed:  # nothing reads them any more; the first input is the module, which holds int8 weights
             graph.eraseInput(1)
-        with torch.inference_mode(), torch_jit(), no_fast_path():
-            results = torch._C._create_function_from_graph("cut", graph)(self._script, *arguments)
-        tensors = as_tuple(results)
-        return {name: tensor.numpy() for name, tensor in zip(asked, tensors, strict=True)}
+        with torch.inference_mode(), torch_jit(), no_fast_path(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"torch\.(ao\.quantization is deprecated|quantize_per_)")
+            return as_tuple(torch._C._create_function_from_graph("cut", graph)(self._script, *arguments))
 
 
 def _returned(graph: Any) -> list[Any]:

@@ -24,11 +24,12 @@ from deploytool.cases import Case, case_files
 from deploytool.errors import BackendFailed
 from deploytool.signature import Feeds, Outputs
 from deploytool.verify.cause import Suspect, likely_cause
-from deploytool.verify.rounding import allowed, distance
+from deploytool.verify.rounding import allowed, distance, is_quantized
+from deploytool.verify.weights import steps_off, weight_pairs
 
 _SHOWN = 8
 _NEAR_WORST = 0.5  # of several cases that are about as wrong, the smallest is replayed
-_FIRST_OF = 0.2  # the first node of at least this share of the worst one's excess is the one to name
+_FIRST_OF = 0.2  # without sharp bounds, the first node of at least this share of the worst one's excess is named
 
 
 def bisect_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str, Any]:
@@ -40,10 +41,22 @@ def bisect_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str
     opened, folder = Artifact.load(Path(artifact), check=False), Path(prepared)
     reference, candidate = open_cuts(opened, folder, ref)
     path, error = worst_case(opened, folder / "cases")
-    search = Search(reference, candidate, Case.load(path).inputs, opened.precision, error < math.inf)
+    search = Search(reference, candidate, Case.load(path).inputs, opened.precision, error < math.inf,
+                    has_sharp_bounds(opened))  # fmt: skip
     found = search.find()
     return {"case": int(path.stem), "output_error": _finite(error), **found, "replays": search.replays,
             "seconds": time.perf_counter() - started}  # fmt: skip
+
+
+def has_sharp_bounds(artifact: Artifact) -> bool:
+    """Whether what a right node of whole numbers costs follows from the tensors themselves.
+
+    Not where ranges were fixed on a few feeds by cutting off, or NNCF moved sizes between weights and activations, nor
+    for 4 bits. fbgemm's static ranges hold all that its feeds had.
+    """
+    if artifact.precision != "int8" or artifact.backend == "fbgemm":
+        return artifact.precision != "int4"
+    return artifact.backend == "onnxruntime" and artifact.settings.get("scheme", "dynamic") == "dynamic"
 
 
 def worst_case(artifact: Artifact, cases: Path) -> tuple[Path, float]:
@@ -68,6 +81,7 @@ class Search:
     """One case, replayed in pieces. `names` are the tensors that both graphs have, in the reference's order.
 
     `runs` says that the whole artifact runs on the case: an engine that then refuses a piece of it refuses the cut.
+    `sharp`: what a node may cost is known, for whole numbers too; see has_sharp_bounds.
     """
 
     reference: CutGraph
@@ -75,6 +89,7 @@ class Search:
     inputs: Feeds
     precision: str
     runs: bool = True
+    sharp: bool = True
     replays: int = 0
     values: Outputs = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -89,13 +104,17 @@ class Search:
 
     def find(self) -> dict[str, Any]:
         """The first node that is wrong by itself, else what only the whole graph shows."""
-        judged = list(map(self._suspect, self.names, self._alone()))
+        judged = self.judged()
         suspects = [suspect for suspect in judged if suspect.excess > 1]
         if suspects:
             worst = max(suspect.excess for suspect in suspects)
-            first = next(s for s in suspects if s.excess >= _FIRST_OF * worst or s.excess == math.inf)
+            first = next(s for s in suspects if s.sharp or s.excess >= _FIRST_OF * worst or s.excess == math.inf)
             return self._tell(first, [s for s in suspects if s is not first])
         return self._search_whole({suspect.tensor: suspect.bound for suspect in judged})
+
+    def judged(self) -> list[Suspect]:
+        """Every tensor of both graphs with the error of what makes it, in the reference's order."""
+        return list(map(self._suspect, self.names, self._alone()))
 
     def replay(self, wanted: Sequence[str], given: Feeds) -> dict[str, np.ndarray | None]:
         """The candidate's tensors; None for those that it fails to compute, with the engine's words in `failures`."""
@@ -119,12 +138,15 @@ class Search:
         region = tuple(cone(self._made, name, self._stops))
         there = tuple(cone(self._makes, name, self._stops))
         expected, failure = self.values[name], self.failures.get(name, "")
-        bound, why = allowed(region, there, self._value, expected, self.precision)
+        bound, why = allowed(region, there, self.value, expected, self.precision)
         error = 0.0 if failure and self.runs else distance(expected, got)
-        return Suspect(name, region, there, expected, got, error, bound, why, failure,
-                       self.precision)  # fmt: skip
+        pairs = weight_pairs(region, there, self.reference, self.candidate)
+        steps = max((steps_off(weight, stored) for _, weight, stored in pairs), default=0.0)
+        return Suspect(name, region, there, expected, got, error, bound, why, failure, self.precision, steps,
+                       sharp=self.sharp or not is_quantized(there))  # fmt: skip
 
-    def _value(self, name: str) -> np.ndarray | None:
+    def value(self, name: str) -> np.ndarray | None:
+        """The right value of a tensor or a constant; None where there is none of this name."""
         return self.values[name] if name in self.values else self.reference.constant(name)
 
     def _tell(self, suspect: Suspect, others: Sequence[Suspect]) -> dict[str, Any]:
@@ -132,13 +154,14 @@ class Search:
         node = suspect.node
         before = [name for name in suspect.sources if name in self._makes]
         errors = self._in_place([*before, suspect.tensor])
-        told = likely_cause(suspect, self.reference, self.candidate, self._value)
+        told = likely_cause(suspect, self.reference, self.candidate, self.value)
         return {
             "found": "node",
             **_place(node),
             "tensor": suspect.tensor,
             "between": [n.name for n in suspect.region],
             "own_error": _finite(suspect.error),
+            "weight_steps": _finite(suspect.steps),
             "allowed": suspect.bound,
             "allowed_from": suspect.why,
             "error_before": _finite(max((errors[name] for name in before), default=0.0)),

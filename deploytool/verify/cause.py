@@ -11,6 +11,7 @@ import numpy as np
 from deploytool.backends.cut import CutGraph, CutNode
 from deploytool.errors import DeployError
 from deploytool.verify.rounding import Value, is_quantized
+from deploytool.verify.weights import STEPS_MAX, steps_off, weight_pairs
 
 _SHAPING = ("Reshape", "Expand", "Tile", "ConstantOfShape", "aten::view", "aten::reshape", "aten::expand", "Broadcast")
 _LOOKUPS = ("Gather", "aten::embedding")
@@ -29,6 +30,8 @@ class Suspect:
 
     region      the reference's nodes, the tensor's own node first; candidates: those that take their place
     bound, why  what the precision explains
+    steps       how many of its own steps a stored weight is off, at most; 0 where none is stored
+    sharp       whether all that a right node costs is in `bound`: ranges that calibration fixed are not
     failure     the engine's words where it did not run
     precision   what the artifact promises to compute in
     """
@@ -43,11 +46,14 @@ class Suspect:
     why: str
     failure: str
     precision: str
+    steps: float = 0.0
+    sharp: bool = True
 
     @property
     def excess(self) -> float:
-        """How many times what is allowed."""
-        return self.error / self.bound if self.bound else math.inf if self.error else 0.0
+        """How many times what is allowed, of its output or of its weight."""
+        own = self.error / self.bound if self.bound else math.inf if self.error else 0.0
+        return max(own, self.steps / STEPS_MAX)
 
     @property
     def missing(self) -> tuple[CutNode, ...]:
@@ -117,20 +123,21 @@ def _kin(kind: str, other: str) -> bool:
 
 
 def _constants(suspect: Suspect, reference: CutGraph, candidate: CutGraph) -> Iterator[tuple[str, str]]:
+    known = set()
+    for name, weight, stored in weight_pairs(suspect.region, suspect.candidates, reference, candidate):
+        known.add(name)
+        if steps_off(weight, stored) > STEPS_MAX:
+            yield _kind_of_weight(name, weight, stored.values, STEPS_MAX * np.abs(stored.steps))
     for node, twin in _pairs(suspect):
         for position, name in node.constants.items():
-            expected = reference.constant(name)
-            found = _effective(candidate, name, twin, position)
+            expected = None if name in known else reference.constant(name)
+            found = _effective(candidate, name, twin, position) if expected is not None else None
             if expected is not None and found is not None:
                 yield from _compare_constant(node, name, expected, found, is_quantized(suspect.candidates))
 
 
 def _effective(candidate: CutGraph, name: str, twin: CutNode, position: int) -> np.ndarray | None:
-    """The constant as the candidate uses it: turned back from whole numbers where it is stored as such."""
-    stored, scale = candidate.constant(f"{name}_quantized"), candidate.constant(f"{name}_scale")
-    zero = candidate.constant(f"{name}_zero_point")
-    if stored is not None and scale is not None and zero is not None:
-        return np.asarray((stored.astype(np.float64) - zero.astype(np.float64)) * scale)
+    """The constant as the candidate uses it."""
     if position in twin.constants:
         return candidate.constant(twin.constants[position])
     if position in twin.inputs:
@@ -166,24 +173,27 @@ def _compare_constant(
         if not quantized and found.dtype == np.float32 and not np.array_equal(expected, found):
             yield "stale weight", f"{name} differs in {int((expected != found).sum())} of {ref.size} numbers"
         return
-    yield _kind_of_weight(name, ref, got, step)
+    yield _kind_of_weight(name, ref, got, np.array(step))
 
 
-def _kind_of_weight(name: str, ref: np.ndarray, got: np.ndarray, step: float) -> tuple[str, str]:
-    if ref.ndim == 2 and ref.shape[0] == ref.shape[1] and np.abs(ref.T - got).max() <= step:
+def _kind_of_weight(name: str, ref: np.ndarray, got: np.ndarray, step: np.ndarray) -> tuple[str, str]:
+    """What was done to a weight; `step` is how far a right one may be off, of the whole or of each channel."""
+    if not np.isfinite(got).all():
+        return "broken weight", f"{name} holds NaN or infinity"
+    if ref.ndim == 2 and ref.shape[0] == ref.shape[1] and np.all(np.abs(ref.T - got) <= step):
         return "transposed weight", f"{name} is stored transposed"
     channels = tuple(range(1, ref.ndim)) if ref.ndim > 2 else 0  # of a product's weight the columns, of others rows
     shift = np.median(got - ref, axis=channels, keepdims=True)
-    if float(np.abs(shift).max()) > step and np.abs(got - ref - shift).max() <= step:
+    if np.any(np.abs(shift) > step) and np.all(np.abs(got - ref - shift) <= step):
         return "wrong zero point", f"{name} is shifted by {float(np.median(shift)):.3g}"
     scale = float((ref * got).sum() / ((ref * ref).sum() or 1.0))
-    if np.abs(got - scale * ref).max() <= step * max(1.0, abs(scale)):
+    if np.all(np.abs(got - scale * ref) <= step * max(1.0, abs(scale))):
         return "wrong scale", f"{name} is {scale:.3g} times what it must be"
     low, high = got.min(axis=channels, keepdims=True), got.max(axis=channels, keepdims=True)
-    if (np.abs(ref - got) > step).sum() >= _FEW and np.abs(np.clip(ref, low, high) - got).max() <= step:
+    off = np.abs(ref - got) > step
+    if off.sum() >= _FEW and np.all(np.abs(np.clip(ref, low, high) - got) <= step):
         return "range too narrow", f"{name} is cut off at {got.min():.3g} and {got.max():.3g}"
-    share = float((np.abs(ref - got) > step).mean())
-    return "stale weight", f"{name} differs from the model's in {share:.1%} of its numbers"
+    return "stale weight", f"{name} differs from the model's in {float(off.mean()):.1%} of its numbers"
 
 
 def _swapped(suspect: Suspect) -> Iterator[tuple[str, str]]:

@@ -219,7 +219,8 @@ class Scripted:
     """A graph whose nodes are right alone and wrong together, as after a wrong fusion."""
 
     def __init__(self, graph: Any) -> None:
-        self.nodes, self.outputs, self.constant, self._run = graph.nodes, graph.outputs, graph.constant, graph.run
+        self.nodes, self.outputs, self._run = graph.nodes, graph.outputs, graph.run
+        self.constant, self.stored = graph.constant, graph.stored
 
     def run(self, wanted: Any, given: Any) -> dict[str, np.ndarray]:
         found = self._run(wanted, given)
