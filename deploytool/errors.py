@@ -20,6 +20,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_GRAVITY = (0, 7, 1, 2, 3, 4, 5, 6, 70)
+
 
 class DeployError(Exception):
     """Base of every error that deploytool raises on purpose."""
@@ -49,6 +51,11 @@ class DeployError(Exception):
             "detail": list(self.detail),
             "fix": self.fix,
         }
+
+
+def gravest(codes: Iterable[int]) -> int:
+    """The exit code that stands for several: damage and crashes before refusals, those before a check's no."""
+    return max(codes, key=_GRAVITY.index, default=0)
 
 
 class CheckFailed(DeployError):

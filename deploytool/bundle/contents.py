@@ -31,7 +31,14 @@ def opened(path: Path) -> Iterator[dict[str, Artifact]]:
     elif (path / artifacts.MANIFEST).is_file():
         yield _by_target(path, [path])
     else:
-        yield _by_target(path, sorted(place.parent for place in path.glob(f"[!.]*/{artifacts.MANIFEST}")))
+        yield _by_target(path, artifact_folders(path))
+
+
+def artifact_folders(path: Path) -> list[Path]:
+    """The artifacts' folders below an export's output, damaged ones too; none below an artifact or a bundle."""
+    if path.is_file() or any((path / name).is_file() for name in (manifests.MANIFEST, artifacts.MANIFEST)):
+        return []
+    return sorted(place.parent for place in path.glob(f"[!.]*/{artifacts.MANIFEST}"))
 
 
 def _by_target(path: Path, folders: list[Path]) -> dict[str, Artifact]:

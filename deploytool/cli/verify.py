@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from deploytool.cli import options
-from deploytool.errors import UsageProblem
+from deploytool.errors import CheckFailed, UsageProblem, from_json, gravest
 from deploytool.worker import Limits
 
 
@@ -17,6 +17,7 @@ from deploytool.worker import Limits
 @click.argument("artifact", type=click.Path(exists=True, path_type=Path))
 @click.option("--model", default=None, help="The model to compare with; default: the one that the artifact names.")
 @click.option("--no-quality", is_flag=True, help="Leave the task metric and decoding checks out.")
+@click.option("--no-nodes", is_flag=True, help="Judge the outputs alone, not each node by itself.")
 @click.option("--bisect", is_flag=True, help="Find the first wrong node of artifacts that fail.")
 @click.option("--saved", is_flag=True, help="Judge the figures of the saved report; nothing is run.")
 @click.option("--limits-of", default=None, metavar="TARGET", help="With --saved: the profile to judge by.")
@@ -26,8 +27,8 @@ from deploytool.worker import Limits
 @options.quiet_option
 @options.json_option
 def command(
-    artifact: Path, model: str | None, no_quality: bool, bisect: bool, saved: bool, limits_of: str | None,
-    samples: Path | None, seed: int, limits: Limits, quiet: bool, as_json: bool,
+    artifact: Path, model: str | None, no_quality: bool, no_nodes: bool, bisect: bool, saved: bool,
+    limits_of: str | None, samples: Path | None, seed: int, limits: Limits, quiet: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Compare the ARTIFACT (a folder, an export's output, or a bundle) with its model again."""
     if saved and (bisect or model or samples):
@@ -43,12 +44,19 @@ def command(
         from deploytool.pipeline.export import Options
 
         how = Options(out=artifact, quality=not no_quality, seed=seed, limits=limits, samples=samples)
-        report = verify_again(artifact, model, how, options.say(quiet), find_node=bisect)
+        report = verify_again(artifact, model, how, options.say(quiet), find_node=bisect, nodes=not no_nodes)
     if as_json:
         options.print_json(report)
     else:
         _show(report)
-    return 0 if all(result["status"] == "ok" for result in report["targets"]) else 1
+    return gravest(_exit_code(result) for result in report["targets"])
+
+
+def _exit_code(result: Mapping[str, Any]) -> int:
+    """An artifact that could not be judged has the error's own."""
+    if "error" in result:
+        return from_json(result["error"]).exit_code
+    return 0 if result["status"] == "ok" else CheckFailed.exit_code
 
 
 def _show(report: Mapping[str, Any]) -> None:

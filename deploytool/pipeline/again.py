@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from deploytool.backends.base import find_backend
 from deploytool.backends.cut import CUTTERS
 from deploytool.bench.compare import compare
 from deploytool.bench.statistics import MIN_BLOCKS
-from deploytool.bundle.contents import opened
+from deploytool.bundle.contents import artifact_folders, opened
 from deploytool.cases import Case, case_files, read_cases
-from deploytool.errors import InputRefused
+from deploytool.errors import BackendFailed, DeployError, InputRefused
 from deploytool.gate.check import check
 from deploytool.gate.limits import GateLimits
 from deploytool.load.resolve import resolve
@@ -31,44 +31,113 @@ from deploytool.source import ModelRef
 from deploytool.target import Target
 from deploytool.verify.derived import arithmetic, derived_limits
 from deploytool.verify.judge import judge_parity, judge_quality
+from deploytool.verify.nodes import judge_nodes, not_judged, unjudged_said
 from deploytool.verify.sizes import unseen
 
 
 def verify_again(
-    path: Path, model: str | None, options: Options, say: Say, *, find_node: bool = False
+    path: Path, model: str | None, options: Options, say: Say, *, find_node: bool = False, nodes: bool = True
 ) -> dict[str, Any]:
-    """Parity, and the task metric, of every artifact at `path` against its model.
+    """Parity, the nodes by themselves, and the task metric, of every artifact at `path` against its model.
 
     The model is `model`, else the one that the artifact names. Where neither can be read, the reference outputs
     that were recorded with the artifact are compared, and the finding says so. With `find_node`, artifacts that fail
-    are searched for the first wrong node, which needs the model.
+    are searched for the first wrong node, which needs the model. Without `nodes` outputs alone are judged.
+
+    Of several artifacts each is judged, also where others are damaged or crash: such a one has the "error" beside its
+    reason. The error of a single one is raised.
     """
-    results = []
-    with opened(path) as artifacts, tempfile.TemporaryDirectory(prefix="deploytool-") as work:
-        references: dict[tuple[ModelRef, bool], Reference] = {}
-        for name, artifact in artifacts.items():
-            artifact.check()
-            say(f"{name}: verifying")
-            ref = _model_of(artifact, model, options.samples)
-            if find_node:
-                _refuse_search(name, artifact, ref)
-            if ref is None:
-                results.append(_verify_golden(name, artifact, options))
-                continue
-            key = (ref, _from_graph(artifact))
-            if key not in references:
-                folder = Path(tempfile.mkdtemp(dir=work))
-                prepared = prepared_and_checked(ref, options, key[1])
-                references[key] = Reference(ref, prepared, folder, options.limits, options.seed)
-            result = _verify_with(name, artifact, references[key], options)
-            if find_node:
-                say(f"{name}: searching for the first wrong node")
-                result["bisect"] = _search(artifact, references[key], options, failed=not result["parity"]["passed"])
-            results.append(result)
+    how = _How(model, options, say, find_node, nodes)
+    places = artifact_folders(path)
+    with tempfile.TemporaryDirectory(prefix="deploytool-") as work:
+        references = _References(options, Path(work))
+        results = [result for place in places or [path]
+                   for result in _verify_place(place, how, references, alone=len(places) < 2)]  # fmt: skip
     for result in results:
         if not Path(result["artifact"]).is_relative_to(path):  # a tar's lay in a folder that is gone by now
             result["artifact"] = str(path)
     return {"schema_version": SCHEMA_VERSION, "path": str(path), "targets": results}
+
+
+@dataclass(frozen=True)
+class _How:
+    """What `verify_again` was asked for."""
+
+    model: str | None
+    options: Options
+    say: Say
+    find_node: bool
+    nodes: bool
+
+
+@dataclass
+class _References:
+    """One reference per model, made when first needed, with and without a graph."""
+
+    options: Options
+    work: Path
+    made: dict[tuple[ModelRef, bool], Reference] = field(default_factory=dict)
+
+    def of(self, ref: ModelRef, graph: bool) -> Reference:
+        if (ref, graph) not in self.made:
+            prepared = prepared_and_checked(ref, self.options, graph)
+            folder = Path(tempfile.mkdtemp(dir=self.work))
+            self.made[ref, graph] = Reference(ref, prepared, folder, self.options.limits, self.options.seed)
+        return self.made[ref, graph]
+
+
+def _verify_place(place: Path, how: _How, references: _References, *, alone: bool) -> list[dict[str, Any]]:
+    """The results of an artifact, or of a bundle's artifacts."""
+    results = []
+    try:
+        with opened(place) as artifacts:
+            for name, artifact in artifacts.items():
+                try:
+                    results.append(_verify_one(name, artifact, how, references))
+                except DeployError as error:
+                    if alone and len(artifacts) == 1:
+                        raise
+                    results.append(_failed(name, artifact.folder, error, how.say))
+    except DeployError as error:
+        if alone:
+            raise
+        results.append(_failed(place.name, place, error, how.say))
+    return results
+
+
+def _failed(name: str, folder: Path, error: DeployError, say: Say) -> dict[str, Any]:
+    say(str(error))
+    nothing = dict.fromkeys(("size_bytes", "precision", "executed", "parity", "generation", "speed", "memory"))
+    return {"target": name, "status": "failed", "reason": error.message, "artifact": str(folder), **nothing,
+            "quality": {}, "findings": [], "error": error.to_json()}  # fmt: skip
+
+
+def _verify_one(name: str, artifact: Artifact, how: _How, references: _References) -> dict[str, Any]:
+    artifact.check()
+    how.say(f"{name}: verifying")
+    ref = _model_of(artifact, how.model, how.options.samples)
+    if how.find_node:
+        _refuse_search(name, artifact, ref)
+    if ref is None:
+        return _verify_golden(name, artifact, how.options)
+    reference = references.of(ref, _from_graph(artifact))
+    result = _verify_with(name, artifact, reference, how)
+    if how.find_node:
+        how.say(f"{name}: searching for the first wrong node")
+        result["bisect"] = _search(artifact, reference, how.options, failed=result["status"] == "failed")
+    return result
+
+
+def _nodes(artifact: Artifact, reference: Reference, options: Options) -> dict[str, Any]:
+    """What `nodes_job` finds; an artifact whose graph cannot be cut here has its outputs judged alone."""
+    try:
+        found: dict[str, Any] = worker.run(
+            f"judging the nodes of {artifact.target['name']}", "deploytool.verify.nodes:nodes_job", options.limits,
+            artifact=str(artifact.folder), prepared=str(reference.prepared.folder), ref=asdict(reference.ref),
+        )  # fmt: skip
+    except BackendFailed as error:
+        return not_judged(error.message)
+    return found
 
 
 def _refuse_search(name: str, artifact: Artifact, ref: ModelRef | None) -> None:
@@ -82,7 +151,7 @@ def _refuse_search(name: str, artifact: Artifact, ref: ModelRef | None) -> None:
 
 
 def _search(artifact: Artifact, reference: Reference, options: Options, *, failed: bool) -> dict[str, Any]:
-    """What `verify --bisect` finds; nothing is searched where parity passed."""
+    """What `verify --bisect` finds; nothing is searched where nothing is wrong."""
     if not failed:
         return {"found": "nothing", "sentence": "parity passed: there is no wrong node to find"}
     found: dict[str, Any] = worker.run(
@@ -127,7 +196,7 @@ def _verify_golden(name: str, artifact: Artifact, options: Options) -> dict[str,
     return _result(name, artifact, parity, {}, None, wrong, [said])
 
 
-def _verify_with(name: str, artifact: Artifact, reference: Reference, options: Options) -> dict[str, Any]:
+def _verify_with(name: str, artifact: Artifact, reference: Reference, how: _How) -> dict[str, Any]:
     limits = _limits(artifact).parity
     expected = reference.signature
     if (expected.inputs, expected.output_names) != (artifact.signature.inputs, artifact.signature.output_names):
@@ -137,12 +206,14 @@ def _verify_with(name: str, artifact: Artifact, reference: Reference, options: O
     noise = reference.noise()
     parity = {**reference.verify(artifact), "noise": noise}
     parity["derived"] = derived_limits(noise, arithmetic(artifact), limits)
-    quality, generation = reference.quality_of(artifact, options.quality)
-    wrong = judge_parity(parity, limits) + judge_quality(quality, generation, limits)
+    quality, generation = reference.quality_of(artifact, how.options.quality)
+    nodes = _nodes(artifact, reference, how.options) if how.nodes else None
+    wrong = judge_parity(parity, limits) + judge_nodes(nodes) + judge_quality(quality, generation, limits)
     changed = artifact.model["fingerprint"] != reference.prepared.fingerprint
     findings = ["the model, its files or the libraries have changed since the export"] if changed else []
     findings += unseen(parity, artifact.signature.input_names)
-    return _result(name, artifact, parity, quality, generation, wrong, findings)
+    findings += unjudged_said(nodes) if nodes else ["nodes were not judged by themselves: not asked for"]
+    return {**_result(name, artifact, parity, quality, generation, wrong, findings), "nodes": nodes}
 
 
 def _result(

@@ -15,6 +15,7 @@ from deploytool.pipeline.export import SCHEMA_VERSION
 from deploytool.storage import read_json
 from deploytool.target import Limits, Target, target_names
 from deploytool.verify.judge import judge_parity, judge_quality
+from deploytool.verify.nodes import judge_nodes
 
 
 def judge_saved(path: Path, limits_of: str | None) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def judge_saved(path: Path, limits_of: str | None) -> dict[str, Any]:
 def _judged(result: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     wrong = judge_parity(result["parity"], limits)
     passed = not wrong
+    wrong += judge_nodes(result.get("nodes"))
     wrong += judge_quality(result.get("quality") or {}, result.get("generation"), limits)
     said = "judged by saved figures: nothing was run"
     return {**result, "status": "failed" if wrong else "ok", "reason": "; ".join(wrong) or None,

@@ -11,6 +11,7 @@ Prints JSON. Faults are planted in the files of artifacts that were built as eve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -36,6 +37,7 @@ from deploytool.target import load_target
 from deploytool.verify.bisect import bisect_job
 from deploytool.verify.derived import arithmetic, derived_limits
 from deploytool.verify.judge import judge_parity
+from deploytool.verify.nodes import judge_nodes, nodes_job
 from deploytool.verify.parity import parity_job
 
 VARIED = Path(__file__).with_name("varied.py")
@@ -76,14 +78,19 @@ class Model:
         return folder
 
     def verify(self, folder: Path, target: str) -> tuple[list[str], dict[str, Any]]:
-        """What is wrong, and the figures; an engine that does not run is wrong too."""
+        """What is wrong, and the figures; an engine that does not run is wrong too.
+
+        "by_outputs" is what the outputs alone show, "nodes" what each node by itself does.
+        """
         profile = load_target(target)
         try:
             parity = parity_job(str(folder), str(self.prepared / "cases"))
         except DeployError as error:
             return [str(error)], {}
         parity["derived"] = derived_limits(self.noise, arithmetic(Artifact.load(folder, check=False)), profile.parity)
-        return judge_parity(parity, profile.parity), parity
+        nodes = nodes_job(str(folder), str(self.prepared), self.ref)
+        outputs = judge_parity(parity, profile.parity)
+        return outputs + judge_nodes(nodes), {**parity, "nodes": nodes, "by_outputs": outputs}
 
 
 def planted(fault: Fault, model: Model, work: Path) -> dict[str, Any]:
@@ -96,10 +103,11 @@ def planted(fault: Fault, model: Model, work: Path) -> dict[str, Any]:
     onnx.save(graph, folder / "model.onnx")
     Artifact.load(folder, check=False).save()
     started = time.perf_counter()
-    wrong, _ = model.verify(folder, fault.target)
+    wrong, figures = model.verify(folder, fault.target)
     verified = time.perf_counter()
     row: dict[str, Any] = {"fault": fault.name, "kind": fault.kind, "model": model.kind, "target": fault.target,
-                           "mild": fault.mild, "caught": bool(wrong), "said": (wrong or [""])[0][:160],
+                           "mild": fault.mild, "caught": bool(wrong),
+                           "by_outputs": bool(figures.get("by_outputs", wrong)), "said": (wrong or [""])[0][:160],
                            "meant": meant}  # fmt: skip
     found = bisect_job(str(folder), str(model.prepared), model.ref)
     return {**row, "named": found["node"], "right": found["node"] in meant, "found": found["found"],
@@ -140,7 +148,9 @@ def _clean(model: Model, target: str) -> dict[str, Any]:
     wrong, parity = model.verify(model.build(target), target)
     shares = [figures["relative_error"] / parity["derived"][name]["relative_error_max"]
               for name, figures in parity.get("outputs", {}).items()]  # fmt: skip
-    return {"model": f"{model.kind} {model.seed}", "target": target, "alarm": wrong, "share_of_limit": max(shares)}
+    nodes = parity["nodes"]
+    return {"model": f"{model.kind} {model.seed}", "target": target, "alarm": wrong, "share_of_limit": max(shares),
+            **{key: nodes[key] for key in ("tensors", "uncertain", "refused", "unjudged")}}  # fmt: skip
 
 
 def _guarded(run: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
@@ -161,6 +171,7 @@ def summary(faults: list[dict[str, Any]], clean: list[dict[str, Any]]) -> dict[s
         "faults": len(done),
         "kinds": len({row["kind"] for row in done}),
         "caught": sum(row["caught"] for row in done),
+        "caught_by_outputs_alone": sum(row["by_outputs"] for row in done),
         "named_right": sum(row["right"] for row in done),
         "mild": len(mild),
         "mild_caught": sum(row["caught"] for row in mild),
@@ -182,7 +193,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="with --clean: the first seed")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory(prefix="deploytool-faults-") as folder:
+    # NNCF shows its progress on stdout, where the figures go.
+    with tempfile.TemporaryDirectory(prefix="deploytool-faults-") as folder, contextlib.redirect_stdout(sys.stderr):
         faults = run_faults(Path(folder), given.only) if given.faults else []
         clean = run_clean(Path(folder) / "clean", given.clean, given.first) if given.clean else []
     print(json.dumps(summary(faults, clean), indent=2))

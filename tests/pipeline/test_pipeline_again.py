@@ -13,6 +13,7 @@ import pytest
 
 from deploytool.artifact import Artifact
 from deploytool.cases import Case, read_cases
+from deploytool.cli.verify import command
 from deploytool.errors import InputRefused, IntegrityBroken
 from deploytool.pipeline import again
 from deploytool.pipeline.again import bench_again, replay, verify_again
@@ -20,6 +21,8 @@ from deploytool.pipeline.export import Options
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+import onnx
+from onnx import numpy_helper
 
 Exported = Callable[..., dict[str, Any]]
 
@@ -84,9 +87,55 @@ def test_a_changed_file_is_no_artifact(out: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    for check in (lambda: verify(out), lambda: bench_again([out / "ort"], Options(out=out), lambda line: None)):
+    for check in (lambda: verify(out / "ort"), lambda: bench_again([out / "ort"], Options(out=out), lambda line: None)):
         with pytest.raises(IntegrityBroken):
             check()
+
+
+def _cut_short(folder: Path) -> None:
+    (folder / "artifact.json").write_text("{")
+
+
+def _flipped(folder: Path) -> None:
+    path = folder / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def _broken_engine(folder: Path) -> None:
+    """A graph that no engine opens, in a folder that is whole."""
+    (folder / "model.onnx").write_bytes(b"no graph")
+    Artifact.load(folder, check=False).save()
+
+
+def test_a_damaged_artifact_does_not_hide_the_others(out: Path, tmp_path: Path, capsys: Any) -> None:
+    """Every artifact of a folder must be judged, the damaged one be reported, and its exit code be the command's."""
+    for damage, code, exit_code in ((_cut_short, "DT309", 3), (_flipped, "DT601", 6), (_broken_engine, "DT504", 5)):
+        folder = tmp_path / code
+        shutil.copytree(out, folder)
+        damage(folder / "ort")
+        arguments = [str(folder), "--quiet", "--json", "--no-quality", "--no-nodes"]
+        assert command.main(arguments, standalone_mode=False) == exit_code
+        ort, torchscript = json.loads(capsys.readouterr().out)["targets"]
+        assert (ort["target"], ort["status"], ort["error"]["code"]) == ("ort", "failed", code)
+        assert ort["reason"] == ort["error"]["message"] and ort["parity"] is None
+        assert (torchscript["target"], torchscript["status"]) == ("torchscript", "ok") and "error" not in torchscript
+
+
+def test_wrong_nodes_fail_what_outputs_let_pass(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is wrong by itself must fail the artifact and be named; without the nodes, that is said."""
+    graph = onnx.load(out / "ort" / "model.onnx")
+    tensor = next(t for t in graph.graph.initializer if t.name.startswith("2.weight"))
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[5] += 0.01
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(graph, out / "ort" / "model.onnx")
+    Artifact.load(out / "ort", check=False).save()
+    monkeypatch.setattr(again, "judge_parity", lambda parity, limits: [])  # as where a norm behind it hides it
+    (result,) = verify(out / "ort")
+    assert result["status"] == "failed" and "is wrong by itself: stale weight: 2.weight" in result["reason"]
+    report = verify_again(out / "ort", None, Options(out=out), lambda line: None, nodes=False)
+    (result,) = report["targets"]
+    assert result["status"] == "ok" and result["findings"] == ["nodes were not judged by themselves: not asked for"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("model", {"ref": {"kind": "python"}}), ("target", {}),
