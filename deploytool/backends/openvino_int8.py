@@ -7,12 +7,14 @@ MiniLM's cosine falls from 0.99 to 0.04.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import nncf
 import numpy as np
 import onnx
 import openvino as ov
+from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
 from deploytool.backends import sensitivity, tables
 from deploytool.backends.base import Request, portable_of
@@ -22,6 +24,8 @@ from deploytool.signature import Feeds
 
 _PRESETS = {"mixed": nncf.QuantizationPreset.MIXED, "performance": nncf.QuantizationPreset.PERFORMANCE}
 _NO_SMOOTHING = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+_ESTIMATORS = {"mean": RangeEstimatorParametersSet.MEAN_MINMAX, "min-max": RangeEstimatorParametersSet.MINMAX}
+_MANY_FEEDS = 16
 _GOOD_ENOUGH_SHARE = 0.5  # of the profile's allowed loss of cosine: a scheme that stays within ends the search
 
 
@@ -31,22 +35,23 @@ def quantize(model: ov.Model, request: Request, options: tables.OpenVinoBuild) -
     if not feeds:
         raise InputRefused("DT303", "calibration must have at least one sample (got none)")
     kept = [*_checked(options.exclude, model), *_kept(model, request, options)]
-    best: tuple[float, str, ov.Model] | None = None
+    best: tuple[float, str, str, ov.Model] | None = None
     reference = _outputs(model, feeds)
-    for scheme in _schemes(model, options):
-        quantized = _quantize(model.clone(), feeds, options, scheme, kept)
+    for ranges, scheme in itertools.product(_ranges(len(feeds)), _schemes(model, options)):
+        quantized = _quantize(model.clone(), feeds, options, scheme, kept, ranges)
         loss = max(map(sensitivity.output_loss, reference, _outputs(quantized, feeds)))
         if best is None or loss < best[0]:
-            best = (loss, scheme, quantized)
+            best = (loss, scheme, ranges, quantized)
         if loss <= _GOOD_ENOUGH_SHARE * (1.0 - request.target.parity.cosine_min):
             break
     assert best is not None  # there is at least one scheme
-    _, scheme, quantized = best
+    _, scheme, ranges, quantized = best
     count = sum(op.get_type_name() == "FakeQuantize" for op in quantized.get_ops())
     if not count:
         raise InputRefused("DT310", "the graph must hold operators that NNCF quantizes (got none)",
                            fix="choose an fp32 target")  # fmt: skip
-    done = {"scheme": scheme, "kept_fp32": kept, "calibration_feeds": len(feeds), "quantizers": count, "weight_bits": 7}
+    done = {"scheme": scheme, "ranges": ranges, "kept_fp32": kept, "calibration_feeds": len(feeds),
+            "quantizers": count, "weight_bits": 7}  # fmt: skip
     return quantized, done
 
 
@@ -56,10 +61,21 @@ def _schemes(model: ov.Model, options: tables.OpenVinoBuild) -> list[str]:
     return ["transformer", "unsmoothed"] if has_attention(model) else ["plain"]
 
 
+def _ranges(feeds: int) -> list[str]:
+    """How activations' ranges follow from the feeds, the likelier first.
+
+    The mean of each feed's smallest and largest number cuts off what single outliers reach, and with few feeds of
+    different sizes much more: small models came out at a cosine of 0.87, and of 0.999 with the extremes of all.
+    """
+    return ["min-max", "mean"] if feeds < _MANY_FEEDS else ["mean", "min-max"]
+
+
 def _quantize(
-    model: ov.Model, feeds: list[Feeds], options: tables.OpenVinoBuild, scheme: str, kept: list[str]
+    model: ov.Model, feeds: list[Feeds], options: tables.OpenVinoBuild, scheme: str, kept: list[str], ranges: str
 ) -> ov.Model:
-    advanced = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    advanced = nncf.AdvancedQuantizationParameters(
+        overflow_fix=nncf.OverflowFix.ENABLE, activations_range_estimator_params=_ESTIMATORS[ranges]
+    )
     if scheme == "unsmoothed":
         advanced.smooth_quant_alphas = _NO_SMOOTHING
     try:
