@@ -31,6 +31,16 @@ class Limits(Table):
     metric_drop_max: float = Field(default=0.01, ge=0, le=1)
     generation_min: float | None = Field(default=None, ge=0, le=1)
 
+    def beside_grids(self) -> Limits:
+        """These limits for an engine in floating point and a model whose layers' inputs lie on learned grids.
+
+        A number halfway between two codes falls to either by the last bit of a sum: a whole step, which moves what
+        comes after it. The outputs of most samples stay equal, those of some are a few thousandths apart.
+        """
+        most = {"cosine_min": 0.999, "sqnr_db_min": 45.0, "agreement_min": 0.99, "generation_min": 0.98}
+        own = self.model_dump(include=set(most), exclude_none=True)
+        return self.model_copy(update={name: min(most[name], limit) for name, limit in own.items()})
+
 
 class Device(Table):
     """What the artifact is for. `compute_capabilities` as TensorRT names them: "SM86"."""

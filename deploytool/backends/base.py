@@ -228,6 +228,7 @@ def build_artifact(request: Request, model: Mapping[str, Any], history: tuple[St
     seconds = time.perf_counter() - started
     if not (request.out / built.entry).is_file():
         raise InternalError("DT900", f"backend {request.target.backend!r} must write {built.entry} (it is not there)")
+    target, grids = _beside_grids(request, built)
     step = Step("build", dict(request.target.build), versions(backend.packages), seconds)
     return Artifact(
         folder=request.out,
@@ -237,11 +238,23 @@ def build_artifact(request: Request, model: Mapping[str, Any], history: tuple[St
         precision=built.precision,
         executes=built.executes,
         signature=request.signature,
-        target=request.target.to_json(),
+        target=target.to_json(),
         model=model,
-        settings={**request.target.runtime.model_dump(mode="json"), **built.settings},
+        settings={**request.target.runtime.model_dump(mode="json"), **built.settings, **grids},
         history=(*history, step),
     ).save()
+
+
+def _beside_grids(request: Request, built: Built) -> tuple[Target, dict[str, Any]]:
+    """The profile with the limits that an engine in floating point can keep to, where the model has learned grids.
+
+    TorchScript runs torch's own kernels; in any other engine a number between two codes may fall to either.
+    """
+    count = request.portable.settings.get("input_grids") if request.portable is not None else None
+    if not count or built.precision != "fp32":
+        return request.target, {}
+    eased = request.target.model_copy(update={"parity": request.target.parity.beside_grids()})
+    return eased, {"input_grids": count}
 
 
 def _importable(name: str) -> bool:

@@ -1,4 +1,5 @@
-"""TorchScript with int8 layers computed by fbgemm on x86 CPUs: dynamic here, static in fbgemm_static.py.
+"""TorchScript with int8 layers computed by fbgemm on x86 CPUs: dynamic here, static in fbgemm_static.py, with the
+scales that the model has learned in fbgemm_learned.py.
 
 Linears get weights of 7 bits per output channel and activations of 8 bits: 255 * 64 * 2 stays below 32,767, so the
 16-bit sums of CPUs without VNNI cannot saturate. torch's own scheme cuts the activations to 7 bits instead, which
@@ -26,12 +27,14 @@ from deploytool.artifact import Artifact
 from deploytool.backends import tables
 from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import positional
+from deploytool.backends.fbgemm_learned import has_learned, quantize_learned
 from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_static
 from deploytool.backends.linear_ranking import LinearRanking
 from deploytool.backends.torchscript import ENTRY, example, open_script, save_traced
 from deploytool.errors import EnvironmentLacking, InputRefused, UsageProblem, nearest
 from deploytool.load.flat import FlatModule, no_fast_path
 from deploytool.runner import Runner
+from deploytool.source import Source
 
 _WITH_FULL_ACTIVATIONS = 3  # from version 4 on torch's dynamic Linear cuts activations to 7 bits
 
@@ -46,6 +49,8 @@ class Fbgemm:
         _use_engine()
         source = source_of(request)
         _check_names(source.flat, options)
+        if options.scheme == "auto" and has_learned(source.module):
+            return _build_learned(source, request, options)
         if options.scheme == "static" or (options.scheme == "auto" and is_mostly_convolution(source.module)):
             return _build_static(source.module, request, options)
         module = copy.deepcopy(source.flat).eval()
@@ -85,6 +90,15 @@ def _build_static(module: nn.Module, request: Request, options: tables.FbgemmBui
     save_traced(FlatModule(converted, names, request.signature.output_names), example(request), request.out / ENTRY)
     settings = {"scheme": "static", "calibration": options.calibration, "calibration_feeds": len(feeds), "int8": done,
                 "kept_fp32": list(options.exclude), "weight_bits": options.weight_bits}  # fmt: skip
+    return Built("torchscript", ENTRY, "int8", settings=settings)
+
+
+def _build_learned(source: Source, request: Request, options: tables.FbgemmBuild) -> Built:
+    names = request.signature
+    excluded = tuple(name.removeprefix("module.") for name in options.exclude)
+    with _quiet(), no_fast_path():
+        module, settings = quantize_learned(source, excluded)
+        save_traced(FlatModule(module, names.input_names, names.output_names), example(request), request.out / ENTRY)
     return Built("torchscript", ENTRY, "int8", settings=settings)
 
 

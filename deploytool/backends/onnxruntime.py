@@ -42,9 +42,16 @@ class OnnxRuntime:
         settings: dict[str, object] = {"optimization": options.optimization, "without": list(options.without),
                                        "arena": options.arena, "flush": options.flush}  # fmt: skip
         # What rewrites graphs brings the onnx package, which no runner needs in its memory.
+        if request.target.precision == "int8" and options.scheme != "weights" and grids_of(portable):
+            from deploytool.backends.onnx_learned import write_learned
+
+            # A sum that went into its product again as a Gemm would be computed in floating point.
+            settings["without"] = [*options.without, "MatMulAddFusion"]
+            settings |= write_learned(portable, request, "onnxruntime")
+            return Built("onnx", ENTRY, "int8", settings=settings)
         match request.target.precision, options.scheme:
             case "fp32", _:
-                settings |= _plain(portable, request.out, options)
+                settings |= _plain(portable, request.out, options) | grids_of(portable)
             case "int8", "dynamic":
                 from deploytool.backends.ort_int8 import quantize
 
@@ -70,7 +77,7 @@ class OnnxRuntime:
     def open(self, artifact: Artifact, profile: str = "") -> SessionRunner:
         """Open the graph with the session settings of the artifact; `profile` as in open_session."""
         level = str(artifact.settings.get("optimization", "all"))
-        given = {key: artifact.settings[key] for key in ("spinning", "without", "arena", "flush", "packing")
+        given = {key: artifact.settings[key] for key in ("fuse_qdq", "spinning", "without", "arena", "flush", "packing")
                  if key in artifact.settings}  # fmt: skip
         session = open_session(artifact.main_file, threads_of(artifact), level, profile=profile, **given)
         return SessionRunner(session, artifact.signature, single_rows=artifact.settings.get("rows") == "single")
@@ -124,10 +131,12 @@ def _plain(portable: Artifact, out: Path, options: tables.OnnxRuntimeBuild) -> d
 
 
 def open_session(
-    model: Path | bytes, threads: int, optimization: str = "all", *, spinning: bool = True,
+    model: Path | bytes, threads: int, optimization: str = "all", *, fuse_qdq: bool = True, spinning: bool = True,
     without: Sequence[str] = (), arena: bool = True, flush: bool = False, packing: bool = True, profile: str = "",
 ) -> ort.InferenceSession:  # fmt: skip
     """A session on the CPU of a file or a serialized graph; raises BackendFailed with the library's text.
+
+    Without `fuse_qdq`, QuantizeLinear and DequantizeLinear run as they are written, all between them in floating point.
 
     The settings are those of the same names in `tables.OnnxRuntimeBuild` and of `[runtime]`; `packing` lays weights out
     anew for its kernels, which costs time and a second copy of them. With `profile`, the start of a file's name, the
@@ -140,6 +149,9 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush)))
     options.add_session_config_entry("session.disable_prepacking", str(int(not packing)))
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(not fuse_qdq)))
+    # On CPUs whose int8 products saturate, signed weights become unsigned ones, whose products do not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.enable_cpu_mem_arena = arena
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -152,6 +164,11 @@ def open_session(
     except Exception as error:  # see SessionRunner.infer
         name = model.name if isinstance(model, Path) else "the graph"
         raise BackendFailed("DT504", f"ONNX Runtime must open {name} (got: {error})"[:2000]) from error
+
+
+def grids_of(portable: Artifact) -> dict[str, object]:
+    """What a graph whose inputs of layers lie on learned grids is opened with; nothing for other graphs."""
+    return {key: portable.settings[key] for key in ("input_grids", "fuse_qdq") if key in portable.settings}
 
 
 def copy_graph(portable: Artifact, out: Path) -> None:

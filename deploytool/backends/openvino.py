@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from deploytool.runner import Runner  # noqa: E402
 from deploytool.signature import Feeds, Signature  # noqa: E402
 
 ENTRY = "model.xml"
+GRAPH = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class OpenVino:
         precision = request.target.precision
         if precision not in ("fp32", "int8", "int4"):
             raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for OpenVINO on CPUs (got {precision})")
+        trained = "input_grids" in portable_of(request).settings
+        if trained and precision == "int8" and options.scheme == "auto" and not options.weights_only:
+            return _build_learned(request)
         path = portable_of(request).main_file
-        try:
-            model = ov.Core().read_model(path)
-        except RuntimeError as error:
-            raise InputRefused("DT310", f"OpenVINO must be able to import the graph (got: {error})"[:2000]) from error
+        model = _imported(path)
         settings: dict[str, Any] = {}
         # NNCF imports torch and takes seconds: only builds that quantize need it.
         if precision == "int4" or (precision == "int8" and options.weights_only):
@@ -60,6 +63,23 @@ class OpenVino:
         except RuntimeError as error:
             raise BackendFailed("DT504", f"OpenVINO must compile {artifact.entry} (got: {error})"[:2000]) from error
         return CompiledRunner(compiled, artifact.signature)
+
+
+def _build_learned(request: Request) -> Built:
+    """The IR of a model that was trained on grids, computed with those."""
+    from deploytool.backends.onnx_learned import write_learned
+
+    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
+        settings = write_learned(portable_of(request), replace(request, out=Path(folder)), "openvino")
+        ov.save_model(_imported(Path(folder) / GRAPH), request.out / ENTRY, compress_to_fp16=False)
+    return Built("openvino", ENTRY, "int8", settings=settings)
+
+
+def _imported(path: Path) -> ov.Model:
+    try:
+        return ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise InputRefused("DT310", f"OpenVINO must be able to import the graph (got: {error})"[:2000]) from error
 
 
 def compile_ir(model: ov.Model, threads: int) -> ov.CompiledModel:

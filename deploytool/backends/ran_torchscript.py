@@ -98,7 +98,8 @@ def _quantized(op: str, shapes: Sequence[Shape], packed: Iterator[Any]) -> int |
     if not op.startswith(("linear", "conv2d")):
         return None if op.startswith("conv") or "lstm" in op or "gru" in op else 0
     node = next(packed, None)
-    weight = None if node is None else list(node.inputs())[1].toIValue()
+    # One that rounds its input itself has that one's scale and zero point before its weight.
+    weight = None if node is None else list(node.inputs())[3 if "q_dq" in op else 1].toIValue()
     if weight is None or not shapes:
         return None
     if op.startswith("linear"):

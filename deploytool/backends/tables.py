@@ -40,7 +40,8 @@ class FbgemmBuild(KeepFp32):
     """`weight_bits` 7 cannot saturate on CPUs without VNNI; 8 is more exact where the CPU has it.
 
     scheme        "dynamic": ranges of activations are taken on every call, linear and recurrent layers only; "static":
-                  they are fixed by calibration, convolutions and linears; "auto": static where convolutions prevail
+                  they are fixed by calibration, convolutions and linears; "auto": those that the model has learned,
+                  else static where convolutions prevail
     calibration   of "static": how ranges follow from the feeds. "percentile" leaves out 0.01 % at either end
     embeddings    of "dynamic": embedding tables as 8-bit rows, four times smaller, a little less exact
     """
@@ -114,8 +115,9 @@ class OpenVinoBuild(KeepFp32):
     group_size            of int4: weights that share a scale, along the input; smaller where it does not divide them
     int4_share            of int4: share of the weights that become int4, least sensitive first; the rest is int8
     scheme                "transformer" leaves softmax and norms alone and moves outliers from activations to weights;
-                          "unsmoothed" does not move them; "plain" quantizes everything; "auto" reads the graph, and
-                          where it holds attention takes the better of the first two on the calibration feeds
+                          "unsmoothed" does not move them; "plain" quantizes everything; "auto" takes the ranges that
+                          the model has learned; else, where the graph holds attention, the better of the first two on
+                          the calibration feeds
     preset                "mixed": asymmetric activations; "performance": symmetric ones
     calibration_samples   how many calibration feeds NNCF reads
     """

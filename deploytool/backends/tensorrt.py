@@ -1,4 +1,4 @@
-"""TensorRT engines for NVIDIA GPUs, from the portable graph in fp16 or fp32.
+"""TensorRT engines for NVIDIA GPUs, from the portable graph in fp16 or fp32, or in int8 with scales that were learned.
 
 Full TensorRT builds only beside a GPU and for it; TensorRT-RTX also builds without one, for the compute capabilities
 that the profile names. TensorRT networks are strongly typed: the precision is the graph's. Where the engine does not
@@ -20,6 +20,7 @@ from deploytool.backends import sensitivity, tables
 from deploytool.backends.base import Built, Request, nvidia_driver, portable_of
 from deploytool.backends.engine import threads_of
 from deploytool.backends.onnx_fp16 import rounding_session, write_fp16
+from deploytool.backends.onnx_learned import write_learned
 from deploytool.backends.onnxruntime import SessionRunner, copy_graph, open_session
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem, nearest
 from deploytool.runner import Runner
@@ -62,13 +63,16 @@ class TensorRt:
         portable = portable_of(request)
         precision = request.target.precision
         settings: dict[str, Any] = {"engine": ENGINE, "graph": GRAPH, "builder": f"{trt.__name__} {trt.__version__}"}
-        if precision == "fp16":
+        if precision == "int8":
+            settings |= _write_int8(portable, request)
+        elif precision == "fp16":
+            _refuse_grids(portable)
             feeds = sensitivity.spread(request.calibration(), _FEEDS)
             settings |= write_fp16(portable.main_file, feeds, options.fp32_ops, request.out / GRAPH)
         elif precision == "fp32":
             copy_graph(portable, request.out)
         else:
-            raise UsageProblem("DT202", f"precision must be fp16 or fp32 for TensorRT (got {precision})")
+            raise UsageProblem("DT202", f"precision must be fp16, fp32 or int8 for TensorRT (got {precision})")
         ranges = size_ranges(request, options)
         plan = compile_engine(request.out / GRAPH, request.signature, ranges, request.target)
         (request.out / ENGINE).write_bytes(plan)
@@ -85,10 +89,27 @@ class TensorRt:
             threads = threads_of(artifact)
             half = artifact.precision == "fp16"
             session = (
-                rounding_session(artifact.main_file, threads) if half else open_session(artifact.main_file, threads)
+                rounding_session(artifact.main_file, threads)
+                if half
+                else open_session(artifact.main_file, threads, fuse_qdq=artifact.settings.get("scheme") != "learned")
             )
             return SessionRunner(session, artifact.signature)
         return _open_plan(artifact.main_file.read_bytes(), artifact.signature)
+
+
+def _write_int8(portable: Artifact, request: Request) -> dict[str, Any]:
+    """The graph of a model that was trained on symmetric grids; there is no calibration here."""
+    if "input_grids" not in portable.settings:
+        raise InputRefused("DT310", "int8 for TensorRT must have scales that the model has learned (it has none)",
+                           fix="train it by qat with symmetric_activations = true, or choose fp16")  # fmt: skip
+    return write_learned(portable, request, "tensorrt")
+
+
+def _refuse_grids(portable: Artifact) -> None:
+    if "input_grids" in portable.settings:
+        raise InputRefused("DT310", "fp16 for TensorRT must have a model without learned grids of inputs "
+                           f"(got {portable.settings['input_grids']})",
+                           fix='give the profile precision = "int8", as they were trained for')  # fmt: skip
 
 
 def _open_plan(plan: bytes, signature: Signature) -> Runner:

@@ -62,7 +62,7 @@ def lower_onnx(
         save(model, out)
     return Artifact(
         folder=out, backend="onnxruntime", format="onnx", entry=ENTRY, precision="fp32", signature=source.signature,
-        settings=CHECK_ONLY if decodes(source.signature) else SESSION,
+        settings=(CHECK_ONLY if decodes(source.signature) else SESSION) | _of_grids(source.module),
         history=(Step("lower", settings, versions(_PACKAGES), time.perf_counter() - started),),
     ).save()  # fmt: skip
 

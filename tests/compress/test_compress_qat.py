@@ -78,8 +78,22 @@ def test_input_ranges(kind: type[LearnedInput | AveragedInput]) -> None:
         assert grid.high.item() < 10
 
 
+@pytest.mark.parametrize("kind", [LearnedInput, AveragedInput])
+def test_symmetric_input_ranges(kind: type[LearnedInput | AveragedInput]) -> None:
+    """Without zero points 0 must stay the middle code whatever is learned, and both extremes be on the grid."""
+    grid = kind(8, torch.tensor(-1.0), torch.tensor(3.0), True).train()
+    x = torch.linspace(-1, 3, 101, requires_grad=True)
+    grid(x).square().sum().backward()
+    with torch.no_grad():
+        for parameter in grid.parameters():
+            assert parameter.grad is not None
+            parameter -= 0.01 * torch.sign(parameter.grad)
+    assert grid.grid()[1].item() == 128
+    assert (grid(x) - x).abs().max() < 2 * 3 / 127
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"ranges": "average"}, {"bits": 2, "group": 8, "symmetric": False, "activations": "none"}]
+    "settings", [{}, {"symmetric_activations": True}, {"ranges": "average"}, {"bits": 2, "group": 8, "symmetric": False, "activations": "none"}]
 )
 def test_trained_grids_travel(tiny: Source, context: Context, tmp_path: Path, settings: dict[str, Any]) -> None:
     """After training all chosen weights must lie on their grids, and the folder must give the same outputs again."""

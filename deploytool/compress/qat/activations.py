@@ -18,27 +18,34 @@ _MOMENTUM = 0.1
 
 
 class LearnedInput(nn.Module):
-    """x [...] -> x on a grid whose scale and zero point are parameters, from the extremes of calibration."""
+    """x [...] -> x on a grid whose scale and zero point are parameters, from the extremes of calibration.
+
+    On a symmetric grid 0 stays the middle code.
+    """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, bits: int, low: Tensor, high: Tensor):
+    def __init__(self, bits: int, low: Tensor, high: Tensor, symmetric: bool = False):
         super().__init__()
         self._bits = bits
-        scale, zero = grid_between(low, high, bits, False)
+        scale, zero = grid_between(low, high, bits, symmetric)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero)
         self.theta = nn.Parameter(torch.zeros(1))  # one axis: what is sharded must have one
-        self.shift = nn.Parameter(torch.zeros(1))  # of the zero point, in shares of all codes
+        # Of the zero point, in shares of all codes.
+        self.shift = None if symmetric else nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quantize(x, *self.grid(), self._bits)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and whole zero point."""
+        scale = self.scale * self.theta[0].exp()
+        if self.shift is None:
+            return scale, self.zero_point
         moved = (self.zero_point + self.shift[0] * 2**self._bits).clamp(0, 2**self._bits - 1)
-        return self.scale * self.theta[0].exp(), moved.detach().round() + (moved - moved.detach())
+        return scale, moved.detach().round() + (moved - moved.detach())
 
 
 class AveragedInput(nn.Module):
@@ -47,9 +54,9 @@ class AveragedInput(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, bits: int, low: Tensor, high: Tensor):
+    def __init__(self, bits: int, low: Tensor, high: Tensor, symmetric: bool = False):
         super().__init__()
-        self._bits = bits
+        self._bits, self._symmetric = bits, symmetric
         self.register_buffer("low", low.clone())
         self.register_buffer("high", high.clone())
 
@@ -62,7 +69,7 @@ class AveragedInput(nn.Module):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and whole zero point."""
-        return grid_between(self.low, self.high, self._bits, False)
+        return grid_between(self.low, self.high, self._bits, self._symmetric)
 
 
 KINDS: dict[str, type[LearnedInput | AveragedInput]] = {"learned": LearnedInput, "average": AveragedInput}

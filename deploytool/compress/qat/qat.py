@@ -99,7 +99,7 @@ def _add_input_grids(
     edits = [{"kind": "input_grid", "layer": name, "bits": bits} for name in layers]
     apply_edits(student.module, edits)
     for name, layer in layers.items():
-        layer.add_module(CHILD, KINDS[settings.ranges](bits, *seen[name]))
+        layer.add_module(CHILD, KINDS[settings.ranges](bits, *seen[name], settings.symmetric_activations))
     return edits
 
 

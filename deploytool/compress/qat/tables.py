@@ -17,6 +17,8 @@ class Qat(Grid, TrainingTable):
     group         input channels that share a scale, or "channel": one scale per output channel
     symmetric     no zero points: 0 is the middle code
     activations   bits of the layers' inputs, one scale per tensor, or "none"
+    symmetric_activations   inputs without zero points, as TensorRT asks for: half of the codes are lost where inputs
+                  have one sign
     ranges        "learned": scales are trained with the weights; "average": they follow the values, inputs by a moving
                   average
     towards       "labels": the model's own loss; "original": what the uncompressed model gives; "both"
@@ -32,6 +34,7 @@ class Qat(Grid, TrainingTable):
     symmetric: bool = True
     search: bool = True
     activations: Literal["none"] | Annotated[int, Field(ge=2, le=8)] = 8
+    symmetric_activations: bool = False
     ranges: Literal["learned", "average"] = "learned"
     towards: Literal["labels", "original", "both"] | None = None
     match: Literal["kl", "tsld", "mse"] | None = None
