@@ -88,7 +88,8 @@ def build_choices(profile: Target, objective: str) -> list[Change]:
     for key, values in CHOICES.get((profile.backend, profile.precision), {}).items():
         for value in values:
             wanted = (vnni or (key, value) not in _NEEDS_VNNI) and _ONLY_FOR.get(key, objective) == objective
-            if wanted and _fits(profile, key) and profile.build.get(key) != (list(value) if isinstance(value, tuple) else value):
+            has = profile.build.get(key) == (list(value) if isinstance(value, tuple) else value)
+            if wanted and not has and _fits(profile, key):
                 found.append((f"build.{key}", value))
     return found
 
