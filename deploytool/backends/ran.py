@@ -30,6 +30,7 @@ _READERS = {
     "onnx": "deploytool.backends.ran_onnx",
     "openvino": "deploytool.backends.ran_openvino",
     "torchscript": "deploytool.backends.ran_torchscript",
+    "pt2": "deploytool.backends.ran_inductor",
     "tensorrt": "deploytool.backends.ran_tensorrt",
 }
 

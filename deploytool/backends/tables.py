@@ -23,6 +23,12 @@ class TorchScriptBuild(Table):
     optimize: bool = True
 
 
+class InductorBuild(Table):
+    """`cpu`: the instructions to compile for: "native" of the machine that builds, or "avx2"."""
+
+    cpu: Literal["native", "avx2"] = "native"
+
+
 class KeepFp32(Table):
     """Which layers a quantizer leaves alone.
 

@@ -200,8 +200,8 @@ def open_engine(variant: Json, path: str) -> Engine:
         return open_onnx(path, outputs, threads, str(variant["settings"].get("optimization", "all")))
     if kind == "openvino":
         return open_openvino(path, inputs, outputs, threads)
-    if kind == "torchscript":
-        return open_torchscript(path, inputs, outputs, threads)
+    if kind in ("torchscript", "pt2"):
+        return open_torch(path, inputs, outputs, threads)
     raise Lacking(f"this self-test can't run engines of format {kind!r}")
 
 
@@ -243,13 +243,17 @@ def open_openvino(path: str, inputs: list[str], outputs: list[str], threads: int
     return run
 
 
-def open_torchscript(path: str, inputs: list[str], outputs: list[str], threads: int) -> Engine:
+def open_torch(path: str, inputs: list[str], outputs: list[str], threads: int) -> Engine:
+    """A script, or a package of AOTInductor's."""
     torch = runtime("torch")
     if threads:
         torch.set_num_threads(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of the format's age is not news to who runs this
-        script = torch.jit.load(path, map_location="cpu")
+        if path.endswith(".pt2"):
+            script = runtime("torch._inductor").aoti_load_package(path)
+        else:
+            script = torch.jit.load(path, map_location="cpu")
 
     def run(feeds: Arrays) -> Arrays:
         with torch.inference_mode():
