@@ -51,12 +51,13 @@ def bisect_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str
 def has_sharp_bounds(artifact: Artifact) -> bool:
     """Whether what a right node of whole numbers costs follows from the tensors themselves.
 
-    Not where ranges were fixed on a few feeds by cutting off, or NNCF moved sizes between weights and activations, nor
-    for 4 bits. fbgemm's static ranges hold all that its feeds had.
+    Not where ranges were learned, or fixed on a few feeds by cutting off, or NNCF moved sizes between weights and
+    activations, nor for 4 bits. fbgemm's static ranges hold all that its feeds had.
     """
-    if artifact.precision != "int8" or artifact.backend == "fbgemm":
+    if artifact.precision != "int8":
         return artifact.precision != "int4"
-    return artifact.backend == "onnxruntime" and artifact.settings.get("scheme", "dynamic") == "dynamic"
+    schemes = {"onnxruntime": ("dynamic",), "fbgemm": ("dynamic", "static")}.get(artifact.backend, ())
+    return artifact.settings.get("scheme", "dynamic") in schemes
 
 
 def worst_case(artifact: Artifact, cases: Path) -> tuple[Path, float]:
@@ -81,7 +82,8 @@ class Search:
     """One case, replayed in pieces. `names` are the tensors that both graphs have, in the reference's order.
 
     `runs` says that the whole artifact runs on the case: an engine that then refuses a piece of it refuses the cut.
-    `sharp`: what a node may cost is known, for whole numbers too; see has_sharp_bounds.
+    `sharp`: what a node may cost is known, for whole numbers too; see has_sharp_bounds. Never of a node that rounds in
+    the model itself: a number between two codes falls to either by its last bit.
     """
 
     reference: CutGraph
@@ -143,7 +145,7 @@ class Search:
         pairs = weight_pairs(region, there, self.reference, self.candidate)
         steps = max((steps_off(weight, stored) for _, weight, stored in pairs), default=0.0)
         return Suspect(name, region, there, expected, got, error, bound, why, failure, self.precision, steps,
-                       sharp=self.sharp or not is_quantized(there))  # fmt: skip
+                       sharp=not is_quantized(region) and (self.sharp or not is_quantized(there)))  # fmt: skip
 
     def value(self, name: str) -> np.ndarray | None:
         """The right value of a tensor or a constant; None where there is none of this name."""

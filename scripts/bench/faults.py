@@ -2,6 +2,7 @@
 """How many planted faults parity catches, how often bisection names the right node, and how often clean exports fail.
 
     python scripts/bench/faults.py --faults              # every planted fault
+    python scripts/bench/faults.py --drawn 100           # faults drawn from seeds, in models drawn from seeds
     python scripts/bench/faults.py --clean 100           # clean exports of models drawn from seeds, two targets each
 
 Prints JSON. Faults are planted in the files of artifacts that were built as ever; what is reported is what
@@ -24,11 +25,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from drawn import drawn_fault
 from planted import FAULTS, Fault
 
 from deploytool.artifact import Artifact
+from deploytool.backends.base import open_artifact
 from deploytool.backends.build import build_job
+from deploytool.cases import Case, case_files
 from deploytool.errors import DeployError
 from deploytool.lower.noise import noise_job
 from deploytool.lower.prepare import prepare_job
@@ -102,6 +107,8 @@ def planted(fault: Fault, model: Model, work: Path) -> dict[str, Any]:
     meant = fault.plant(graph, onnx.load(model.prepared / "onnx" / "model.onnx"))
     onnx.save(graph, folder / "model.onnx")
     Artifact.load(folder, check=False).save()
+    if not _moves(model.build(fault.target), folder, model.prepared / "cases"):
+        return {"fault": fault.name, "kind": fault.kind, "without_effect": True}
     started = time.perf_counter()
     wrong, figures = model.verify(folder, fault.target)
     verified = time.perf_counter()
@@ -113,6 +120,39 @@ def planted(fault: Fault, model: Model, work: Path) -> dict[str, Any]:
     return {**row, "named": found["node"], "right": found["node"] in meant, "found": found["found"],
             "cause": found["cause"], "sentence": found["sentence"][:160],
             "seconds": [verified - started, time.perf_counter() - verified]}  # fmt: skip
+
+
+def _moves(clean: Path, faulty: Path, cases: Path) -> bool:
+    """Whether a fault changes a single bit of any output of any case: one that does not is none that can be told."""
+    files = case_files(cases)
+    try:
+        with open_artifact(Artifact.load(clean)) as right, open_artifact(Artifact.load(faulty)) as wrong:
+            for path in files:
+                inputs = Case.load(path).inputs
+                got = wrong.run(inputs)
+                if any(not np.array_equal(array, got[name]) for name, array in right.run(inputs).items()):
+                    return True
+    except DeployError:
+        return True
+    return False
+
+
+def run_drawn(work: Path, count: int, first: int) -> list[dict[str, Any]]:
+    """`count` faults from seeds: those that do not fit the model that they are drawn for make room for the next."""
+    models: dict[tuple[str, int], Model] = {}
+    rows: list[dict[str, Any]] = []
+    seed = first
+    while sum("caught" in row for row in rows) < count:
+        fault = drawn_fault(seed)
+        seed += 1
+        key = (fault.model, fault.seed)
+        if key not in models:
+            models[key] = Model(*key, work / f"{fault.model}-{fault.seed}")
+        row = _guarded(lambda fault=fault, key=key: planted(fault, models[key], work), fault=fault.name)
+        if "caught" in row or "code" in row:
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
 
 
 def run_faults(work: Path, only: str) -> list[dict[str, Any]]:
@@ -190,12 +230,15 @@ def main() -> None:
     parser.add_argument("--faults", action="store_true", help="plant every fault")
     parser.add_argument("--only", default="", help="with --faults: those whose name holds this word")
     parser.add_argument("--clean", type=int, default=0, metavar="N", help="verify N clean exports")
-    parser.add_argument("--first", type=int, default=0, help="with --clean: the first seed")
+    parser.add_argument("--drawn", type=int, default=0, metavar="N", help="plant N faults drawn from seeds")
+    parser.add_argument("--first", type=int, default=0, help="with --clean and --drawn: the first seed")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     # NNCF shows its progress on stdout, where the figures go.
     with tempfile.TemporaryDirectory(prefix="deploytool-faults-") as folder, contextlib.redirect_stdout(sys.stderr):
         faults = run_faults(Path(folder), given.only) if given.faults else []
+        if given.drawn:
+            faults += run_drawn(Path(folder) / "drawn", given.drawn, given.first)
         clean = run_clean(Path(folder) / "clean", given.clean, given.first) if given.clean else []
     print(json.dumps(summary(faults, clean), indent=2))
 

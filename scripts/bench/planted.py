@@ -265,7 +265,7 @@ def replaced(kind: str, other: str, which: int = 0) -> Plant:
     return plant
 
 
-def _stale(seed: int, share: float) -> Callable[[np.ndarray], np.ndarray]:
+def stale(seed: int, share: float) -> Callable[[np.ndarray], np.ndarray]:
     def change(old: np.ndarray) -> np.ndarray:
         random = np.random.default_rng(seed)
         return np.where(random.random(old.shape) < share, old + random.normal(0, old.std(), old.shape), old)
@@ -281,14 +281,14 @@ def _h(value: float) -> np.ndarray:
     return np.array(value, np.float16)
 
 
-def _clip_at(limit: float) -> tuple[str, Sequence[np.ndarray], dict[str, object]]:
+def clip_at(limit: float) -> tuple[str, Sequence[np.ndarray], dict[str, object]]:
     return ("Clip", (_f(-limit), _f(limit)), {})
 
 
 FAULTS = (
     *(Fault(f"transposed {m} {i}", "transposed weight", m, "ort", weight(np.transpose, i, square=True))
       for m, i in (("transformer", 0), ("transformer", 3), ("decoder", 2), ("mlp", 0))),
-    *(Fault(f"stale {m} {t} {i}", "stale weights", m, t, weight(_stale(i, s), i))
+    *(Fault(f"stale {m} {t} {i}", "stale weights", m, t, weight(stale(i, s), i))
       for m, t, i, s in (("transformer", "ort", 1, 0.1), ("cnn", "ort", 0, 0.1), ("mixer", "ort", 2, 0.05),
                          ("residual", "ort", 1, 0.02), ("decoder", "ort", 4, 0.01))),
     *(Fault(f"stale int8 {m} {i}", "stale weights", m, "ort-int8", quantized("quantized", lambda q: q[::-1], i))
@@ -306,7 +306,7 @@ FAULTS = (
       for m, i in (("transformer", 2), ("decoder", 3), ("residual", 0))),
     *(Fault(f"int8 range {m} {i}", "range too narrow", m, "ort-int8",
             quantized("quantized", lambda q: np.clip(q, -16, 16), i)) for m, i in (("transformer", 3), ("mixer", 0))),
-    *(Fault(f"saturation {m} {k} {i}", "saturation", m, t, inserted(k, i, _clip_at(limit)))
+    *(Fault(f"saturation {m} {k} {i}", "saturation", m, t, inserted(k, i, clip_at(limit)))
       for m, t, k, i, limit in (("transformer", "ort-int8", "Mul", 3, 0.3), ("residual", "ort", "Gemm", 1, 0.5),
                                 ("cnn", "ort", "Conv", 0, 0.4), ("decoder", "ort", "MatMul", 2, 0.5))),
     Fault("swapped matmul", "swapped inputs", "decoder", "ort", swapped("Sub")),
