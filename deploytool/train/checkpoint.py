@@ -102,13 +102,30 @@ def refuse_foreign(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> None:
                            fix="choose another folder for checkpoints, or remove this one")  # fmt: skip
 
 
+class Digest:
+    """SHA-256 over the names, types, shapes and bytes of tensors, mapping after mapping."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, tensors: Mapping[str, Any]) -> None:
+        """What is no tensor, as a batch may hold, counts as it is printed."""
+        for name in sorted(tensors):
+            value = tensors[name]
+            kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            self._digest.update(f"{name} {kind}\n".encode())
+            if isinstance(value, Tensor):
+                self._digest.update(_bytes(value))
+
+    def hex(self) -> str:
+        return self._digest.hexdigest()
+
+
 def sha256(tensors: Mapping[str, Tensor]) -> str:
     """Hex SHA-256 over the names, types, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-        digest.update(_bytes(tensors[name]))
-    return digest.hexdigest()
+    digest = Digest()
+    digest.add(tensors)
+    return digest.hex()
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deploytool.errors import BackendFailed, CheckFailed, InputRefused
 from deploytool.train import checkpoint
-from deploytool.train.checkpoint import Saving
+from deploytool.train.checkpoint import Digest, Saving
 from deploytool.train.parallel import Team, gradient_norm, join, like, moved, spread, summed, wait_for_all, whole
 from deploytool.train.progress import Progress
 from deploytool.train.randomness import isolated, reseed
@@ -93,8 +93,9 @@ def fit(
     team = join(schedule.parallel)
     try:
         with isolated(), ExitStack() as stack:
-            total, each = _length(batches, schedule, team)
-            wanted = _identity(module, schedule, total, team, saving.about) if saving else {}
+            data = Digest() if saving else None
+            total, each = _length(batches, schedule, team, data)
+            wanted = _identity(module, schedule, total, team, saving.about, data) if saving and data else {}
             module.requires_grad_(False).to(team.device)
             for parameter in module.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
@@ -329,16 +330,18 @@ class _Run:
         return bool(state["finished"])
 
 
-def _length(batches: Batches, schedule: Schedule, team: Team) -> tuple[int, int]:
-    """Optimizer steps in all, and of one epoch."""
-    each = steps_per_epoch(batches, schedule.accumulate * team.parts, schedule.seed)
+def _length(batches: Batches, schedule: Schedule, team: Team, data: Digest | None) -> tuple[int, int]:
+    """Optimizer steps in all, and of one epoch, whose batches go into `data`."""
+    each = steps_per_epoch(batches, schedule.accumulate * team.parts, schedule.seed, data.add if data else None)
     return min(schedule.epochs * each, schedule.steps or schedule.epochs * each), each
 
 
-def _identity(module: nn.Module, schedule: Schedule, total: int, team: Team, about: str) -> dict[str, Any]:
+def _identity(
+    module: nn.Module, schedule: Schedule, total: int, team: Team, about: str, data: Digest
+) -> dict[str, Any]:
     """What a checkpoint must have in common with the training that goes on from it."""
     return {"model": checkpoint.sha256(_tensors(module)), "schedule": asdict(schedule), "steps": total,
-            "parts": team.parts, "settings": about}  # fmt: skip
+            "parts": team.parts, "settings": about, "training data": data.hex()}  # fmt: skip
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -35,9 +35,13 @@ class Step:
     batches: tuple[Batch, ...]
 
 
-def steps_per_epoch(batches: Batches, group: int, seed: int) -> int:
-    """Optimizer steps of one pass; raises InputRefused when there are no batches."""
-    each = sum(1 for _ in drawn(lambda: batches(0), seed, 0))
+def steps_per_epoch(batches: Batches, group: int, seed: int, seen: Callable[[Batch], None] | None = None) -> int:
+    """Optimizer steps of one pass; raises InputRefused when there are no batches. `seen` gets every batch."""
+    each = 0
+    for batch in drawn(lambda: batches(0), seed, 0):
+        each += 1
+        if seen is not None:
+            seen(batch)
     if each == 0:
         raise InputRefused("DT303", "training needs at least one batch (got none)", fix=_FRESH)
     return -(-each // group)

@@ -145,6 +145,28 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         assert caught.value.code == "DT315" and caught.value.detail[0].startswith(what)
 
 
+def test_checkpoints_of_other_data_are_refused(tmp_path: Path) -> None:
+    """One number of one batch that differs must be enough, and one batch more or less too."""
+    model = _model()
+
+    def fitted(batches: list[Batch]) -> None:
+        fit(model, lambda epoch: batches, lambda batch: model(batch["x"]).square().mean(), Schedule(2, 0.02),
+            saving=Saving(tmp_path, 2))  # fmt: skip
+
+    data: list[Batch] = [{"x": torch.ones(16, 4) * number} for number in range(3)]
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fitted(data)
+    other = torch.zeros(16, 4)
+    other[15, 3] = 1e-6
+    for changed in ([{"x": other}, *data[1:]], data[:2], [data[1], data[0], data[2]]):
+        model.load_state_dict(start)
+        with pytest.raises(InputRefused) as caught:
+            fitted(changed)
+        assert caught.value.code == "DT315" and any("training data" in line for line in caught.value.detail)
+    model.load_state_dict(start)
+    fitted(data)
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_serves(tmp_path: Path) -> None:
     """One flipped bit must be found; without the damaged file training goes on from the one before, to the same end."""
     whole = _model()
