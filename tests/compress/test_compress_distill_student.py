@@ -13,7 +13,8 @@ import torch
 from deploytool.compress.distill.cached import TeacherCache
 from deploytool.compress.distill.distill import apply
 from deploytool.compress.distill.drop_layers import apply as drop
-from deploytool.compress.distill.tables import Distill, DropLayers
+from deploytool.compress.distill.narrow import apply as narrow
+from deploytool.compress.distill.tables import Distill, DropLayers, Narrow
 from deploytool.compress.prune.magnitude import apply as prune
 from deploytool.compress.prune.tables import Magnitude
 from deploytool.compress.quantize.rtn import apply as rtn
@@ -262,3 +263,28 @@ def test_measures_shrink(deep: Source, deep_context: Context) -> None:
     student, _ = drop(deep, DropLayers(step="drop-layers", blocks="blocks", keep=2), deep_context)
     block = sum(p.numel() for p in deep.module.blocks[0].parameters())
     assert measure(deep, False)["parameters"] - measure(student, False)["parameters"] == 2 * block
+
+
+def test_a_narrow_student_of_the_teacher(deep: Source, deep_context: Context, tmp_path: Path) -> None:
+    """Half of the neurons must stay, the student learn from the teacher, and the folder travel."""
+    student, report = narrow(deep, Narrow(step="narrow", neurons=0.5), deep_context)
+    assert [(entry["before"], entry["after"]) for entry in report["layers"]] == [
+        (before, before // 2) for before in [entry["before"] for entry in report["layers"]]
+    ]
+    assert len(report["layers"]) == 4 and {entry["units"] for entry in report["layers"]} == {"neurons"}
+    before, after = (sum(p.numel() for p in s.module.parameters()) for s in (deep, student))
+    assert after < 0.7 * before
+    trained, done = apply(student, Distill(step="distill", epochs=3, learning_rate=0.003), deep_context)
+    assert done["loss_last"] < done["loss_first"]
+    save_compressed(dataclasses.replace(trained, original=deep.ref), deep, {}, tmp_path / "out", overwrite=False)
+    again = open_compressed(ModelRef("compressed", "out", str(tmp_path / "out")))
+    ids = next(iter(deep.samples()))["ids"]
+    assert all(torch.equal(a, b) for a, b in zip(again.flat(ids), trained.flat(ids), strict=True))
+
+
+def test_a_narrow_student_of_nothing_is_refused(deep: Source, deep_context: Context) -> None:
+    """A table without shares, and a kind of unit that the model has not, must be refused."""
+    with pytest.raises(UsageProblem, match="at least one of heads"):
+        check_table({"step": "narrow"}, Narrow, text="", where="x")
+    with pytest.raises(UsageProblem, match="of a kind that"):
+        narrow(deep, Narrow(step="narrow", heads=0.5), deep_context)

@@ -68,6 +68,31 @@ class Distill(TrainingTable):
         return self
 
 
+class Narrow(StepTable):
+    """Make a narrower student of the model: the units that count most stay, with their weights.
+
+    heads, neurons, channels   the share of the attention heads, of the neurons between two linear layers, and of the
+                               channels of convolutions that stays, above 0 and below 1; left out: all
+    importance         which count most: as for `structured`
+    include, exclude   names of the layers that make the units, `*` and `?` allowed; nothing included means all
+    """
+
+    code: ClassVar[str] = "deploytool.compress.distill.narrow"
+    step: Literal["narrow"]
+    heads: float | None = Field(default=None, gt=0, lt=1)
+    neurons: float | None = Field(default=None, gt=0, lt=1)
+    channels: float | None = Field(default=None, gt=0, lt=1)
+    importance: Literal["reconstruction", "activation", "magnitude", "taylor"] = "reconstruction"
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.heads is self.neurons is self.channels is None:
+            raise ValueError("at least one of heads, neurons and channels must be given")
+        return self
+
+
 class DropLayers(StepTable):
     """Make a shallower student of the model: some of a list of blocks stay, with their weights.
 
