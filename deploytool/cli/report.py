@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 def command(path: Path, form: str) -> None:
     """Render PATH as a table, Markdown, HTML or JSON.
 
-    PATH is an export's output folder, one artifact, or a document of `export`, `verify` or `check` with --json.
+    PATH is an export's output folder, one artifact, a folder that compress wrote, or a document of `export`,
+    `compress`, `verify` or `check` with --json. HTML draws the losses of steps that trained.
     """
     from deploytool.artifact import REPORT
+    from deploytool.load.resolve import COMPRESSED
     from deploytool.report.document import read_document
     from deploytool.report.markdown import page_markdown
     from deploytool.report.table import grid_table
 
-    file = path / REPORT if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = path / (COMPRESSED if (path / COMPRESSED).is_file() else REPORT)
     if not file.is_file():
-        raise InputRefused("DT309", f"{path} must hold {REPORT} (it does not)", fix="name what `export` wrote")
+        raise InputRefused("DT309", f"{path} must hold {REPORT} or {COMPRESSED} (it does not)",
+                           fix="name what `export` or `compress` wrote")  # fmt: skip
     document = read_document(file)
     page = document.page
     if form == "json":

@@ -1,4 +1,4 @@
-"""Reads what `--json` of export, verify and check printed, and refuses everything else."""
+"""Reads what `--json` of export, compress, verify and check printed, and refuses everything else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploytool.errors import InputRefused
+from deploytool.report.compression import compression_page
 from deploytool.report.rows import Page, check_page, export_page
 from deploytool.results import SCHEMA_VERSION, Finding, Verdict
 from deploytool.storage import read_json
@@ -23,7 +24,7 @@ class Document:
 
 
 def read_document(file: Path) -> Document:
-    """A report (of an export, or of one artifact) or a verdict; raises InputRefused for anything else."""
+    """A report (of an export, of one artifact, of a compression) or a verdict; InputRefused for anything else."""
     try:
         data = read_json(file)
         json.dumps(data, allow_nan=False, ensure_ascii=False).encode()  # no NaN, no half characters
@@ -32,7 +33,7 @@ def read_document(file: Path) -> Document:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise InputRefused("DT309", f"{file} must be a report or a verdict in JSON, schema {SCHEMA_VERSION} "
                                     f"(got: {error!r:.200})",
-                           fix="name what `export`, `verify --json` or `check --json` wrote") from error  # fmt: skip
+                           fix="name what `export`, `compress`, or --json of `verify` or `check` wrote") from error  # fmt: skip
 
 
 def _document(data: Any) -> Document:
@@ -45,6 +46,9 @@ def _document(data: Any) -> Document:
         if not all(isinstance(target[key], str) for target in report["targets"] for key in ("target", "status")):
             raise TypeError("target and status must be text")
         return Document(report, export_page(report))
+    compression = data["report"] if "weights_sha256" in data else data  # a folder keeps it beside its weights' names
+    if "steps" in compression:
+        return Document(compression, compression_page(compression))
     verdict = Verdict(tuple(Finding(**finding) for finding in data["findings"]))
     page = check_page(verdict)
     if data["status"] != verdict.status:

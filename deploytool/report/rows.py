@@ -22,12 +22,21 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A loss over optimizer steps: what it belongs to, and (step, loss) in the order of the steps."""
+
+    title: str
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Page:
-    """A grid with a title and facts, each a name and a value."""
+    """A grid with a title and facts, each a name and a value; curves are for pages that can draw."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
     grid: Grid
+    curves: tuple[Curve, ...] = ()
 
 
 _EXPORT = ("target", "status", "precision", "size MB", "worst cosine", "max abs", "metrics: reference -> artifact",

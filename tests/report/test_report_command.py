@@ -22,7 +22,18 @@ REPORT: dict[str, Any] = {"schema_version": "1.0", "model": "<b>tiny</b>",
 VERDICT = Verdict((Finding("size", "ort", "pass", "smaller", 0.9, 1.05),
                    Finding("quality", "ort", "fail", "<i>less</i>")))  # fmt: skip
 DOCUMENTS = {"export": REPORT, "artifact": {"schema_version": "1.0", **TARGET}, "verdict": VERDICT.to_json()}
+MEASURED = {"parameters": 12, "nonzeros": 10, "size_bytes": 48, "metrics": {"accuracy": 0.5}}
+TRAINED: dict[str, Any] = {
+    "step": "distill<i>", "seconds": 1.5, "after": MEASURED, "loss_first": 2.0, "loss_last": 0.5,
+    "loss_curve": [[1, 2.0], [2, 1.0], [4, 0.5]], "train_seconds": 1.0, "optimizer_steps": 4, "items_per_second": 8.0,
+    "resumed_from": 0, "skipped": [{"layer": "a", "reason": "no <b>matrix</b>"}] * 2,
+}  # fmt: skip
+COMPRESSION: dict[str, Any] = {"schema_version": "1.0", "model": "<b>tiny</b>", "recipe": "mine.toml", "seed": 0,
+                               "before": MEASURED, "steps": [TRAINED]}  # fmt: skip
 WRONG: dict[str, Any] = {
+    "a loss that is no number": {**COMPRESSION, "steps": [{**TRAINED, "loss_curve": [[1, "x"]]}]},
+    "no losses": {**COMPRESSION, "steps": [{**TRAINED, "loss_curve": []}]},
+    "a step without figures": {**COMPRESSION, "steps": [{"step": "rtn", "seconds": 1.0}]},
     "no object": [], "number": 3, "nothing": {}, "no targets": {"schema_version": "1.0"},
     "targets are a number": {"targets": 3}, "no target": {"targets": [{"x": 1}]},
     "versioned number": {**REPORT, "targets": 3}, "versioned no target": {**REPORT, "targets": [{"x": 1}]},
@@ -93,6 +104,30 @@ def test_html_is_one_page_without_foreign_markup(tmp_path: Path, capsys: pytest.
         assert page.reaching == [] and not {"script", "b", "i", "link", "img", "iframe", "cpu"} & set(page.tags), name
         assert page.tags.count("table") == 1 and text.startswith("<!doctype html>")
     assert "&lt;i&gt;less&lt;/i&gt;" in text
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_compression_is_rendered(folder: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `compress` printed, or its folder, must be shown step by step, with the losses of what trained."""
+    file = tmp_path / "compressed.json"
+    kept = {"schema_version": "1.0", "weights_sha256": "0", "report": COMPRESSION} if folder else COMPRESSION
+    file.write_text(json.dumps(kept))
+    for form in ("table", "markdown"):
+        assert run(["report", str(tmp_path if folder else file), "--format", form]) == 0
+        printed = capsys.readouterr().out
+        assert "2 -> 0.5" in printed and "accuracy 0.5" in printed and "2 left as they were" in printed
+
+
+def test_html_draws_the_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The drawing must go from the first, highest loss at the left top to the last, lowest one at the right bottom."""
+    pytest.importorskip("jinja2")
+    (tmp_path / "d.json").write_text(json.dumps(COMPRESSION))
+    assert run(["report", str(tmp_path / "d.json"), "--format", "html"]) == 0
+    text = capsys.readouterr().out
+    page = _Page(text)
+    assert page.tags.count("polyline") == 1 and not {"i", "b", "script"} & set(page.tags) and page.reaching == []
+    points = [tuple(map(float, point.split(","))) for point in text.partition('points="')[2].partition('"')[0].split()]
+    assert points == [(4.0, 4.0), (214.7, 118.7), (636.0, 176.0)]
 
 
 def test_html_without_its_package_says_what_to_install(
