@@ -41,11 +41,24 @@ def bisect_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str
     opened, folder = Artifact.load(Path(artifact), check=False), Path(prepared)
     reference, candidate = open_cuts(opened, folder, ref)
     path, error = worst_case(opened, folder / "cases")
-    search = Search(reference, candidate, Case.load(path).inputs, opened.precision, error < math.inf,
-                    has_sharp_bounds(opened))  # fmt: skip
-    found = search.find()
-    return {"case": int(path.stem), "output_error": _finite(error), **found, "replays": search.replays,
-            "seconds": time.perf_counter() - started}  # fmt: skip
+    replays, found = 0, None
+    for tried in dict.fromkeys([path, *few_cases(folder)]):  # a node may be wrong on one case and not on another
+        runs = error < math.inf or tried != path
+        search = Search(reference, candidate, Case.load(tried).inputs, opened.precision, runs, has_sharp_bounds(opened))
+        told = search.find()
+        replays += search.replays
+        if found is None or told["found"] == "node":
+            found = {"case": int(tried.stem), "output_error": _finite(error), **told}
+        if told["found"] == "node":
+            break
+    assert found is not None  # there is at least one case
+    return {**found, "replays": replays, "seconds": time.perf_counter() - started}
+
+
+def few_cases(prepared: Path) -> list[Path]:
+    """The cases whose every tensor is looked at: the smallest, and the one that is timed."""
+    files = case_files(prepared / "cases")
+    return list(dict.fromkeys([min(files, key=lambda path: path.stat().st_size), files[0]]))
 
 
 def has_sharp_bounds(artifact: Artifact) -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 
 from deploytool.artifact import Artifact
 from deploytool.backends.cut import CUTTERS, open_cuts
-from deploytool.cases import Case, case_files
-from deploytool.verify.bisect import Search, has_sharp_bounds
+from deploytool.cases import Case
+from deploytool.verify.bisect import Search, few_cases, has_sharp_bounds
 from deploytool.verify.cause import Suspect, likely_cause
 
-_CASES = 2  # the smallest, and the one that is timed
 _LARGEST_BYTES = 250_000_000  # of a graph: cut graphs are copied, and all of a case's tensors are held
 _SHOWN = 8
 
@@ -46,8 +45,7 @@ def nodes_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str,
     if why:
         return not_judged(why)
     reference, candidate = open_cuts(opened, folder, ref)
-    files = case_files(folder / "cases")
-    chosen = list(dict.fromkeys([min(files, key=lambda path: path.stat().st_size), files[0]]))[:_CASES]
+    chosen = few_cases(folder)
     found: dict[str, dict[str, Any]] = {}
     counts = {"tensors": 0, "uncertain": 0, "refused": 0}
     for path in chosen:

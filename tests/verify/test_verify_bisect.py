@@ -205,6 +205,37 @@ def test_the_first_of_two_faults_is_named(prepared: Path) -> None:
     assert found["node"].endswith("k/keys") and [o["node"] for o in found["others"]] == ["/module/module/head/logits"]
 
 
+def test_a_small_fault_before_large_ones_is_named(prepared: Path) -> None:
+    """An early node that is a little wrong must be named before later ones that are so by thousands of times more."""
+
+    def many(model: ModelProto) -> None:
+        _weight("q.weight", lambda w: w * np.float32(1.0005))(model)
+        _weight("v.weight", np.negative)(model)
+        _weight("head.weight", lambda w: w * np.float32(100))(model)
+
+    found = bisected(many, prepared)
+    assert found["node"].endswith("q/queries") and len(found["others"]) == 2
+    assert found["own_error"] / found["allowed"] < 0.2 * found["others"][1]["own_error"] / found["others"][1]["allowed"]
+
+
+def test_other_cases_are_looked_at(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is right on the case that was chosen must be found on another where it is wrong."""
+    path = prepared / "cases" / "000.npz"
+    case = Case.load(path)
+    Case({**case.inputs, "ids": np.zeros_like(case.inputs["ids"])}, case.reference).save(path)
+    monkeypatch.setattr("deploytool.verify.bisect.worst_case", lambda artifact, cases: (path, 0.5))
+    monkeypatch.setattr("deploytool.verify.bisect.few_cases", lambda folder: [folder / "cases" / "001.npz"])
+
+    def last_row(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array[-1] += 1
+        return array
+
+    found = bisected(_weight("embed.weight", last_row), prepared)
+    assert (found["found"], found["case"], found["cause"]) == ("node", 1, "stale weight")
+    assert found["node"] == "/module/module/embed/x"
+
+
 def test_an_artifact_without_a_graph_is_refused(prepared: Path) -> None:
     """The eager module cannot be cut: that must be said, not crash."""
     folder = prepared.parent / "eager"
