@@ -33,7 +33,7 @@ def read_document(file: Path) -> Document:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise InputRefused("DT309", f"{file} must be a report or a verdict in JSON, schema {SCHEMA_VERSION} "
                                     f"(got: {error!r:.200})",
-                           fix="name what `export`, `compress`, or --json of `verify` or `check` wrote") from error  # fmt: skip
+                           fix="name what export, compress, verify or check wrote") from error  # fmt: skip
 
 
 def _document(data: Any) -> Document:
