@@ -14,7 +14,7 @@ from deploytool.artifact import Artifact
 from deploytool.backends.cut import CutNode, Stored
 from deploytool.backends.onnx_fp16 import with_roundings
 from deploytool.backends.onnxruntime import open_session
-from deploytool.errors import BackendFailed
+from deploytool.errors import BackendFailed, InputRefused
 from deploytool.signature import Feeds, Outputs
 
 GRAPH = "model.onnx"
@@ -29,6 +29,9 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
     half = artifact.precision == "fp16"
     level = "disabled" if half else str(artifact.settings.get("optimization", "all"))
     path = artifact.folder / str(artifact.settings.get("graph", artifact.entry))
+    if path.suffix != ".onnx":
+        raise InputRefused("DT313", f"an artifact can be bisected by its ONNX graph (got {path.name})",
+                           fix='build it with format = "onnx" in [build]')  # fmt: skip
     return portable_graph(prepared), OnnxGraph(onnx.load(path), level, rounded=half)
 
 

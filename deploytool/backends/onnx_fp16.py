@@ -17,6 +17,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from deploytool.artifact import Artifact
 from deploytool.backends.onnx_half import LARGEST, SMALLEST, to_half
 from deploytool.errors import InputRefused
 from deploytool.signature import Feeds
@@ -44,6 +45,14 @@ def write_fp16(source: Path, feeds: Sequence[Feeds], fp32_ops: Sequence[str], ou
     onnx.save(half, out)
     _check_finite(model, out, feeds)
     return {"fp32_nodes": {"by_kind": len(by_kind), "small_constants": len(by_constant), "out_of_range": by_value}}
+
+
+def refuse_grids(portable: Artifact, engine: str) -> None:
+    """Raise InputRefused DT310 for a model that was trained on grids of inputs: half precision moves them."""
+    if "input_grids" in portable.settings:
+        raise InputRefused("DT310", f"fp16 for {engine} must have a model without learned grids of inputs "
+                           f"(got {portable.settings['input_grids']})",
+                           fix='give the profile precision = "int8", as they were trained for')  # fmt: skip
 
 
 def _with_small_constants(model: ModelProto) -> list[str]:

@@ -113,7 +113,8 @@ class _Writer:
         copy.input[0] = self._pair(node.input[0])
         weight = self.given[node.input[1]]
         axis = channel_axis(node, weight)
-        biased = len(node.input) > 2 and node.input[2] in self.given
+        # TensorRT takes a bias in float, ONNX Runtime's int8 convolution takes it as int32.
+        biased = not self.scheme.symmetric and len(node.input) > 2 and node.input[2] in self.given
         step = self.scheme.step(*self.ranges[node.input[0]])[0]
         bias = self.given[node.input[2]] if biased else None
         least = None if bias is None else np.abs(bias) / (step * _LARGEST_BIAS)

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from deploytool.artifact import MANIFEST, Artifact
-from deploytool.backends import ort_generate, tables
+from deploytool.backends import ort_generate, sensitivity, tables
 from deploytool.backends.base import Built, Request, portable_of
 from deploytool.backends.engine import EngineRunner, threads_of
 from deploytool.backends.ort_generate import SharedCache
@@ -28,6 +28,7 @@ _LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+_NO_FP16 = ("GRU", "LSTM", "RNN")  # CPUs have no kernels of these in fp16
 _ERROR = 3  # ONNX Runtime's log level: warnings about unused initializers are not for users
 
 
@@ -41,6 +42,9 @@ class OnnxRuntime:
         portable = portable_of(request)
         settings: dict[str, object] = {"optimization": options.optimization, "without": list(options.without),
                                        "arena": options.arena, "flush": options.flush}  # fmt: skip
+        if options.format == "ort" and grids_of(portable):
+            raise UsageProblem("DT202", 'build.format must be "onnx" for a model with learned grids of inputs '
+                                        '(got "ort"), whose fusion is chosen when the file is opened')  # fmt: skip
         # What rewrites graphs brings the onnx package, which no runner needs in its memory.
         if request.target.precision == "int8" and options.scheme != "weights" and grids_of(portable):
             from deploytool.backends.onnx_learned import write_learned
@@ -63,15 +67,29 @@ class OnnxRuntime:
                 static = Options(options, options.int8_ops, options.calibration, options.calibration_samples,
                                  Scheme(7 if options.reduce_range else 8))  # fmt: skip
                 settings |= quantize_static(portable.main_file, request, static, request.out / ENTRY)
+            case "fp16", _:
+                from deploytool.backends.onnx_fp16 import refuse_grids, write_fp16
+
+                refuse_grids(portable, "ONNX Runtime")
+                feeds = sensitivity.spread(request.calibration(), options.calibration_samples)
+                full = (*options.fp32_ops, *_NO_FP16)
+                settings |= write_fp16(portable.main_file, feeds, full, request.out / ENTRY)
+                if options.optimization == "all":  # its layouts end the process by a signal at some fp16 graphs
+                    settings["optimization"] = "extended"
             case ("int8" | "int4"), _:
                 from deploytool.backends.ort_graph import write_weight_only
 
                 settings |= write_weight_only(portable, request, options)
             case other, _:
-                raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for ONNX Runtime on CPUs "
+                raise UsageProblem("DT202", f"precision must be fp32, fp16, int8 or int4 for ONNX Runtime on CPUs "
                                             f"(got {other})")  # fmt: skip
         if decodes(request.signature) and (request.out / "tokenizer.json").is_file():
             shutil.copyfile(ort_generate.__file__, request.out / "generate.py")
+        if options.format == "ort":
+            from deploytool.backends import ort_format
+
+            saved = ort_format.write_ort(request.out / ENTRY, options.optimization, list(options.without))
+            return Built("onnx", ort_format.ENTRY, request.target.precision, settings={**settings, "saved": saved})
         return Built("onnx", ENTRY, request.target.precision, settings=settings)
 
     def open(self, artifact: Artifact, profile: str = "") -> SessionRunner:

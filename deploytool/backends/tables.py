@@ -77,9 +77,12 @@ class OnnxRuntimeBuild(KeepFp32):
     op_types       operators that become int8. Dynamic: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather",
                    "Conv", the first three where left out; static: "MatMul" and "Conv"
     reduce_range   dynamic and static: 7-bit weights, which cannot saturate on CPUs without VNNI
+    format         "ort": the optimized graph in ONNX Runtime's own format, with the file of the operators that it
+                   needs, from which a smaller runtime can be built
+    fp32_ops       fp16: operators that stay fp32, beside those that always do
     calibration    static: how ranges follow from the feeds; "percentile" leaves out 0.001 % at either end, "entropy"
                    cuts where least information is lost, "auto" takes the one that loses least on the feeds
-    calibration_samples   static: how many calibration feeds are read
+    calibration_samples   static and fp16: how many calibration feeds are read
     group          weights alone: how many weights of a row share a scale
     activations    weights alone: the inputs of a product as "fp32", or per group as "int8", which is faster
     int8_share     int4: the share of the weights that gets 8 bits, those that lose most
@@ -92,6 +95,8 @@ class OnnxRuntimeBuild(KeepFp32):
     arena: bool = True
     flush: bool = False
     fuse: bool = True
+    format: Literal["onnx", "ort"] = "onnx"
+    fp32_ops: tuple[str, ...] = Field(default=(), strict=False)
     scheme: Literal["dynamic", "static", "weights"] = "dynamic"
     op_types: tuple[Literal["MatMul", "LSTM", "Attention", "Gather", "Conv"], ...] = Field(default=(), strict=False)
     reduce_range: bool = True
@@ -151,11 +156,15 @@ class SizeRange(Table):
         return self
 
 
-class TensorRtBuild(Table):
+class TensorRtBuild(KeepFp32):
     """`profile` maps free dimensions to sizes; those left out are read from calibration feeds and parity cases.
 
     `fp32_ops` are operators of the ONNX graph that stay fp32 in an fp16 engine, beside those that always do.
+    `calibration` and `calibration_samples` are for int8 of a model without learned scales, as in ONNX Runtime's static
+    int8, but with ranges around zero.
     """
 
     profile: dict[str, SizeRange] = Field(default_factory=dict)
     fp32_ops: tuple[str, ...] = Field(default=(), strict=False)
+    calibration: Literal["auto", "min-max", "percentile", "entropy"] = "auto"
+    calibration_samples: int = Field(default=32, ge=1, le=10_000)

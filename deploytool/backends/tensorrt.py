@@ -19,8 +19,10 @@ from deploytool.artifact import Artifact
 from deploytool.backends import sensitivity, tables
 from deploytool.backends.base import Built, Request, nvidia_driver, portable_of
 from deploytool.backends.engine import threads_of
-from deploytool.backends.onnx_fp16 import rounding_session, write_fp16
+from deploytool.backends.onnx_fp16 import refuse_grids, rounding_session, write_fp16
 from deploytool.backends.onnx_learned import write_learned
+from deploytool.backends.onnx_qdq import Scheme
+from deploytool.backends.onnx_static import Options, quantize_static
 from deploytool.backends.onnxruntime import SessionRunner, copy_graph, open_session
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem, nearest
 from deploytool.runner import Runner
@@ -64,9 +66,9 @@ class TensorRt:
         precision = request.target.precision
         settings: dict[str, Any] = {"engine": ENGINE, "graph": GRAPH, "builder": f"{trt.__name__} {trt.__version__}"}
         if precision == "int8":
-            settings |= _write_int8(portable, request)
+            settings |= _write_int8(portable, request, options)
         elif precision == "fp16":
-            _refuse_grids(portable)
+            refuse_grids(portable, "TensorRT")
             feeds = sensitivity.spread(request.calibration(), _FEEDS)
             settings |= write_fp16(portable.main_file, feeds, options.fp32_ops, request.out / GRAPH)
         elif precision == "fp32":
@@ -91,25 +93,19 @@ class TensorRt:
             session = (
                 rounding_session(artifact.main_file, threads)
                 if half
-                else open_session(artifact.main_file, threads, fuse_qdq=artifact.settings.get("scheme") != "learned")
+                else open_session(artifact.main_file, threads, fuse_qdq=artifact.precision != "int8")
             )
             return SessionRunner(session, artifact.signature)
         return _open_plan(artifact.main_file.read_bytes(), artifact.signature)
 
 
-def _write_int8(portable: Artifact, request: Request) -> dict[str, Any]:
-    """The graph of a model that was trained on symmetric grids; there is no calibration here."""
-    if "input_grids" not in portable.settings:
-        raise InputRefused("DT310", "int8 for TensorRT must have scales that the model has learned (it has none)",
-                           fix="train it by qat with symmetric_activations = true, or choose fp16")  # fmt: skip
-    return write_learned(portable, request, "tensorrt")
-
-
-def _refuse_grids(portable: Artifact) -> None:
+def _write_int8(portable: Artifact, request: Request, options: tables.TensorRtBuild) -> dict[str, Any]:
+    """The graph with its learned grids; else with ranges by calibration, around zero as TensorRT wants them."""
     if "input_grids" in portable.settings:
-        raise InputRefused("DT310", "fp16 for TensorRT must have a model without learned grids of inputs "
-                           f"(got {portable.settings['input_grids']})",
-                           fix='give the profile precision = "int8", as they were trained for')  # fmt: skip
+        return write_learned(portable, request, "tensorrt")
+    static = Options(options, ("MatMul", "Conv"), options.calibration, options.calibration_samples,
+                     Scheme(8, symmetric=True))  # fmt: skip
+    return quantize_static(portable.main_file, request, static, request.out / GRAPH)
 
 
 def _open_plan(plan: bytes, signature: Signature) -> Runner:
