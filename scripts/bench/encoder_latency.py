@@ -28,13 +28,16 @@ from typing import Any
 
 import numpy as np
 
+from deploytool.target import load_target
+
 TARGETS = ("ort", "ort-int8", "ort-weight-int8")
 SIZES = ((1, 16), (1, 128))
 
 
 def exported(model: str, target: str, out: Path) -> Path:
     """The artifact's folder, also of one whose figures are outside its profile's limits."""
-    folders = [out / target, out / f"{target}.failed"]
+    name = load_target(target).name  # of a profile's file too
+    folders = [out / name, out / f"{name}.failed"]
     if not any(folder.is_dir() for folder in folders):
         command = [sys.executable, "-m", "deploytool", "export", model, "--target", target, "-o", str(out),
                    "--no-bench", "--overwrite", "--json"]  # fmt: skip
