@@ -153,7 +153,8 @@ class ScriptGraph:
     def stored(self, node: CutNode) -> Stored | None:
         """The weight inside a quantized linear or convolutional layer."""
         unpack = next((_UNPACK[kind] for kind in _UNPACK if node.kind.startswith(kind)), None)
-        packed = self._constants.get(node.constants.get(1, ""))
+        # A linear that rounds its input itself has that one's scale and zero point before its weight.
+        packed = self._constants.get(node.constants.get(3 if "q_dq" in node.kind else 1, ""))
         if unpack is None or packed is None:
             return None
         weight = unpack(packed.output().toIValue())[0]

@@ -28,7 +28,13 @@ _WORDS = {
 
 
 def arithmetic(artifact: Artifact) -> str:
-    """What of the noise figures an artifact can be held to: static int8 has ranges that the noise does not simulate."""
+    """What of the noise figures an artifact can be held to: static int8 has ranges that the noise does not simulate.
+
+    Nor is it known how a model with learned grids may differ in floating point: which numbers between two codes fall to
+    the other one changes with every order of sums.
+    """
+    if artifact.settings.get("input_grids") and artifact.precision == "fp32":
+        return "learned grids"
     dynamic = artifact.backend in _DYNAMIC and artifact.settings.get("scheme") != "static"
     return artifact.precision if artifact.precision != "int8" or dynamic else "static int8"
 

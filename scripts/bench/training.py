@@ -1,8 +1,9 @@
 """What training wins and costs, as JSON, one part at a time.
 
 python scripts/bench/training.py tsld       2-bit language model: token-scaled against logit distillation
-python scripts/bench/training.py qat        8 bits trained and rounded, against fp32: digits and mnistcnn
-python scripts/bench/training.py half       half the blocks of digits: metric kept, and speed
+python scripts/bench/training.py qat        8 bits trained, against fp32, and each int8 engine with the learned scales
+                                            against its own quantizer: digits and mnistcnn
+python scripts/bench/training.py half       half the blocks of digits: metric kept, and speed, eager and ONNX Runtime
 python scripts/bench/training.py killed     SIGKILL at 20 random moments, then the weights of a quiet run?
 python scripts/bench/training.py memory     resident memory over 10,000 steps, and what gradient checkpointing saves
 """
@@ -14,22 +15,29 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
 
+from deploytool.backends.onnxruntime import open_session
 from deploytool.compress.recipe import parse_recipe
 from deploytool.compress.run import compress
+from deploytool.load.compressed import save_compressed
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
+from deploytool.lower.onnx import lower_onnx
+from deploytool.pipeline.export import Options, export, make_plan
 from deploytool.source import Source
 from deploytool.train.checkpoint import Saving, sha256
 from deploytool.train.loop import fit
@@ -79,34 +87,64 @@ def tsld(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def qat(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of fp32, of 8 bits in weights and inputs after training, and of the same without (steps = 0 passes)."""
-    results = {}
-    for model, epochs in (("digits", 3), ("mnistcnn", 1)):
-        _, report = run(model, step(step="qat", epochs=epochs, learning_rate=0.0003))
-        results[model] = {"fp32": report["before"]["metrics"], "qat": report["after"]["metrics"],
-                          "seconds": report["steps"][0]["seconds"]}  # fmt: skip
+    """Accuracy of fp32, after training, and of every int8 engine built from what was trained and from fp32."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for model, epochs in (("digits", 3), ("mnistcnn", 1)):
+            original, out = open_source(resolve(model)), Path(folder) / model
+            trained, report = run(model, step(step="qat", epochs=epochs, learning_rate=0.0003))
+            save_compressed(trained, original, report, out, overwrite=False)
+            results[model] = {"fp32": report["before"]["metrics"], "qat": report["after"]["metrics"],
+                              "seconds": report["steps"][0]["seconds"]}  # fmt: skip
+            for name, source in (("learned", str(out)), ("calibrated", model)):
+                results[model][name] = _exported(source, arguments.targets, Path(folder) / f"{model}-{name}")
     return results
 
 
+def _exported(model: str, targets: list[str], out: Path) -> dict[str, Any]:
+    """By target: its accuracy, how far it is from what it was built from, and which share of it runs in int8."""
+    options = Options(out=out, bench_seconds=0)
+    found = {}
+    for result in export(make_plan(model, targets, options), options, say)["targets"]:
+        name = result["target"]
+        say(f"{model} {name}: {result['status']} {result['reason'] or ''}")
+        found[name] = {
+            "status": result["status"], "metrics": {k: v["candidate"] for k, v in result["quality"].items()},
+            "relative_error": max((o["relative_error"] for o in (result["parity"] or {}).get("outputs", {}).values()),
+                                  default=None),
+            "int8_share": ((result["ran"] or {}).get("compute_by_precision") or {}).get("int8", 0.0),
+        }  # fmt: skip
+    return found
+
+
 def half(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy and the time of one image and of 32, the two models taking turns."""
+    """Accuracy, and the time of one image and of 32: the two models take turns, eager and in ONNX Runtime."""
     text = (HERE.parents[1] / "models" / "recipes" / "digits-half.toml").read_text()
     student, report = run("digits", text)
-    models = {"whole": open_source(resolve("digits")).module, "half": student.module}
-    times: dict[str, dict[int, float]] = {name: {} for name in models}
-    with torch.inference_mode():
-        for rows in (1, 32):
-            image = torch.rand(rows, 1, 8, 8)
-            best = dict.fromkeys(models, float("inf"))
-            for _ in range(200):
-                for name, module in models.items():
-                    started = time.perf_counter()
-                    module(image=image)
-                    best[name] = min(best[name], time.perf_counter() - started)
-            for name in models:
-                times[name][rows] = best[name] * 1e3
-    return {"before": report["before"]["metrics"], "after": report["after"]["metrics"], "milliseconds": times,
-            "speedup": {rows: times["whole"][rows] / times["half"][rows] for rows in (1, 32)}}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        sources = {"whole": open_source(resolve("digits")), "half": student}
+        ways: dict[str, dict[str, Callable[[np.ndarray], object]]] = {"eager": {}, "ort": {}}
+        for name, source in sources.items():
+            session = open_session(lower_onnx(source, Path(folder) / name).main_file, torch.get_num_threads())
+            ways["eager"][name] = lambda image, module=source.module: module(image=torch.from_numpy(image))  # type: ignore[misc]
+            ways["ort"][name] = lambda image, session=session: session.run(None, {"image": image})  # type: ignore[misc]
+        speed = {way: {rows: _in_turns(runs, np.random.default_rng(0).random((rows, 1, 8, 8), np.float32))
+                       for rows in (1, 32)} for way, runs in ways.items()}  # fmt: skip
+    before, after = (report[when]["metrics"]["accuracy"] for when in ("before", "after"))
+    return {"before": before, "after": after, "kept": after / before, "threads": torch.get_num_threads(), **speed}
+
+
+def _in_turns(runs: dict[str, Callable[[np.ndarray], object]], image: np.ndarray) -> dict[str, float]:
+    """Median milliseconds of each, and of the ratios of calls that follow one another."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(320):
+        for name, call in runs.items():
+            started = time.perf_counter()
+            call(image)
+            if turn >= 20:  # the first warm up
+                times[name].append((time.perf_counter() - started) * 1e3)
+    ratios = [whole / thin for whole, thin in zip(times["whole"], times["half"], strict=True)]
+    return {**{name: statistics.median(took) for name, took in times.items()}, "speedup": statistics.median(ratios)}
 
 
 def _digits(folder: Path | None, steps: int, pause: float = 0.0) -> str:
@@ -174,6 +212,7 @@ def main() -> None:
     parts = {"tsld": tsld, "qat": qat, "half": half, "killed": killed, "memory": memory}
     parser.add_argument("part", choices=[*parts, "child"])
     parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--targets", nargs="+", default=["ort-int8", "openvino-int8", "fbgemm"], help="of qat")
     parser.add_argument("--steps", type=int, default=80, help="of two-bit training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2, help="of the fp32 language model")

@@ -60,6 +60,16 @@ def test_without_noise_the_profile_alone_judges() -> None:
     assert of("fp32")["relative_error_max"] == error_max(0.98)
 
 
+def test_learned_grids_are_held_to_the_eased_profile(tmp_path: Path) -> None:
+    """A number between two codes may fall to either: noise in which none did must not be the limit."""
+    artifact = Artifact(tmp_path, "openvino", "f", "e", "fp32", Signature((), ()), settings={"input_grids": 3})
+    noise = {"outputs": {"y": {"fp64": 1e-7, "shuffled": 1e-7}}}
+    limits = Limits(cosine_min=0.99999).beside_grids()
+    assert limits.cosine_min == 0.999
+    found = derived_limits(noise, arithmetic(artifact), limits)["y"]
+    assert found["relative_error_max"] == error_max(0.999) and found["noise"] is None
+
+
 @pytest.mark.parametrize(
     ("backend", "name", "settings", "expected"),
     [
