@@ -25,7 +25,7 @@ from deploytool.errors import EnvironmentLacking, InternalError, UsageProblem, n
 from deploytool.runner import Runner
 from deploytool.settings import Table
 from deploytool.signature import Outputs, Signature
-from deploytool.source import Source
+from deploytool.source import ModelRef, Source
 from deploytool.target import Target, load_target
 
 
@@ -55,6 +55,7 @@ class Request:
     cases        re-iterable inputs that parity is taken on; the first is the one that is timed
     encodings    the file of the quantized constants of `portable`, for `encoding.read_coded`; None without any
     out          an existing, empty folder to write to
+    ref          what the user named, for the model's own evaluate(); None where that is not asked for
     """
 
     target: Target
@@ -66,6 +67,7 @@ class Request:
     out: Path
     seed: int = 0
     encodings: Path | None = None
+    ref: ModelRef | None = None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def build_job(
         cases=cases,
         out=Path(out),
         seed=seed,
+        ref=ModelRef(**ref),
         encodings=folder / ENCODINGS if (folder / ENCODINGS).is_file() else None,
     )
     _copy_assets(folder / "assets", Path(out))

@@ -19,6 +19,8 @@ from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from deploytool.backends import sensitivity, tables
 from deploytool.backends.base import Request, portable_of
 from deploytool.backends.onnx_products import products_to_keep, with_products
+from deploytool.backends.openvino import CompiledRunner, compile_ir
+from deploytool.backends.openvino_control import Metric, metric_of, within_drop
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem, nearest
 from deploytool.signature import Feeds
 
@@ -46,13 +48,22 @@ def quantize(model: ov.Model, request: Request, options: tables.OpenVinoBuild) -
             break
     assert best is not None  # there is at least one scheme
     _, scheme, ranges, quantized = best
+    if options.max_drop is not None:
+        metric = metric_of(request, lambda candidate: _opened(candidate, request))
+        quantized = _quantize(model.clone(), feeds, options, scheme, kept, ranges, metric)
     count = sum(op.get_type_name() == "FakeQuantize" for op in quantized.get_ops())
     if not count:
         raise InputRefused("DT310", "the graph must hold operators that NNCF quantizes (got none)",
                            fix="choose an fp32 target")  # fmt: skip
     done = {"scheme": scheme, "ranges": ranges, "kept_fp32": kept, "calibration_feeds": len(feeds),
-            "quantizers": count, "weight_bits": 7}  # fmt: skip
+            "quantizers": count, "weight_bits": 7, "max_drop": options.max_drop}  # fmt: skip
     return quantized, done
+
+
+def _opened(candidate: ov.Model | ov.CompiledModel, request: Request) -> CompiledRunner:
+    """A model that NNCF asks the metric of, for running here."""
+    compiled = compile_ir(candidate, 1) if isinstance(candidate, ov.Model) else candidate
+    return CompiledRunner(compiled, request.signature)
 
 
 def _schemes(model: ov.Model, options: tables.OpenVinoBuild) -> list[str]:
@@ -71,23 +82,25 @@ def _ranges(feeds: int) -> list[str]:
 
 
 def _quantize(
-    model: ov.Model, feeds: list[Feeds], options: tables.OpenVinoBuild, scheme: str, kept: list[str], ranges: str
-) -> ov.Model:
+    model: ov.Model, feeds: list[Feeds], options: tables.OpenVinoBuild, scheme: str, kept: list[str], ranges: str,
+    metric: Metric | None = None,
+) -> ov.Model:  # fmt: skip
     advanced = nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.OverflowFix.ENABLE, activations_range_estimator_params=_ESTIMATORS[ranges]
     )
     if scheme == "unsmoothed":
         advanced.smooth_quant_alphas = _NO_SMOOTHING
+    settings: dict[str, Any] = {
+        "preset": _PRESETS[options.preset],
+        "model_type": None if scheme == "plain" else nncf.ModelType.TRANSFORMER,
+        "ignored_scope": nncf.IgnoredScope(names=kept) if kept else None,
+    }
+    if metric is not None and options.max_drop is not None:
+        return within_drop(model, feeds, metric, options.max_drop,
+                           {**settings, "advanced_quantization_parameters": advanced})  # fmt: skip
     try:
-        return nncf.quantize(
-            model,
-            nncf.Dataset(feeds),
-            preset=_PRESETS[options.preset],
-            subset_size=len(feeds),
-            model_type=None if scheme == "plain" else nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=kept) if kept else None,
-            advanced_parameters=advanced,
-        )
+        return nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds), advanced_parameters=advanced,
+                             **settings)  # fmt: skip
     except RuntimeError as error:
         raise BackendFailed("DT504", f"NNCF must quantize the model (got: {error})"[:2000]) from error
 

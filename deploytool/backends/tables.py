@@ -131,6 +131,8 @@ class OpenVinoBuild(KeepFp32):
                           the calibration feeds
     preset                "mixed": asymmetric activations; "performance": symmetric ones
     calibration_samples   how many calibration feeds NNCF reads
+    max_drop              of int8: the share of the model's first metric that may be lost, by its own evaluate(): layers
+                          go back to fp32, those that cost most first, until it is kept
     """
 
     weights_only: bool = False
@@ -140,6 +142,7 @@ class OpenVinoBuild(KeepFp32):
     scheme: Literal["auto", "transformer", "unsmoothed", "plain"] = "auto"
     preset: Literal["mixed", "performance"] = "mixed"
     calibration_samples: int = Field(default=32, ge=1, le=10_000)
+    max_drop: float | None = Field(default=None, ge=0, le=1)
 
 
 class SizeRange(Table):
