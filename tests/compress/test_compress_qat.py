@@ -93,8 +93,10 @@ def test_symmetric_input_ranges(kind: type[LearnedInput | AveragedInput]) -> Non
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"symmetric_activations": True}, {"ranges": "average"}, {"bits": 2, "group": 8, "symmetric": False, "activations": "none"}]
-)
+    "settings",
+    [{}, {"symmetric_activations": True}, {"ranges": "average"},
+     {"bits": 2, "group": 8, "symmetric": False, "activations": "none"}],
+)  # fmt: skip
 def test_trained_grids_travel(tiny: Source, context: Context, tmp_path: Path, settings: dict[str, Any]) -> None:
     """After training all chosen weights must lie on their grids, and the folder must give the same outputs again."""
     trained, report = apply(tiny, _qat(**settings), context)
