@@ -258,7 +258,7 @@ def test_a_decoder_keeps_the_heads_that_its_cache_counts(tiny: Source) -> None:
     assert "not what it is" in reasons["1.self_attn.q_proj"]
     sample = samples[1]
     outputs = pruned.flat(*(sample[name] for name in signature.input_names))
-    assert [tuple(o.shape) for o in outputs[:2]] == [(1, 16, 50), (1, 3, 16, 8)]
+    assert [tuple(o.shape) for o in outputs[:2]] == [(1, 128, 50), (1, 3, 128, 8)]
 
 
 @pytest.mark.parametrize("importance", ["activation", "magnitude", "taylor", "reconstruction"])
