@@ -116,8 +116,14 @@ def _random_ids(model: Any) -> Tokenize:
 
 
 def _class_of(config: Any) -> Any:
-    """The class that the config names, so that a classifier keeps its head; AutoModel when it is unknown."""
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    """The class that the config names, so that a classifier keeps its head; AutoModel when it names none."""
+    architecture = (config.architectures or ["AutoModel"])[0]
+    kind = getattr(transformers, architecture, None)
+    if kind is None:  # AutoModel would open it without its head, and not say so
+        raise InputRefused("DT306", f"config.json must name a class of transformers {transformers.__version__} "
+                           f"(got {architecture!r})", fix="correct `architectures`, install the release of "
+                           "transformers that has the class, or write a model file for it")  # fmt: skip
+    return kind
 
 
 def _fetch(hub_id: str) -> Path:

@@ -193,6 +193,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "not json": ("bert", lambda p: (p / "config.json").write_text("{"), "must hold a model that transformers can read"),
     "no type": ("bert", lambda p: (p / "config.json").write_text("{}"), "must hold a model that transformers can read"),
     "tokenizer": ("bert", lambda p: (p / "tokenizer.json").write_text("{}"), "must be a tokenizer"),
+    "unknown class": ("bert", lambda p: _config(p, architectures=["BertForNothing"]), "(got 'BertForNothing')"),
     "other inputs": ("choice", lambda p: None, "must run as a text encoder"),
     "unknown sound": ("wav2vec2", lambda p: _config(p, conv_stride=[]), "must"),
 }
