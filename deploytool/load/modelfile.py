@@ -81,7 +81,7 @@ def read_model_file(ref: ModelRef) -> ModelFile:
     if lacking:
         have = [n for n in vars(code) if not n.startswith("_")]
         raise InputRefused("DT302", f"{path.name} must define build() and samples() (missing: {', '.join(lacking)})",
-                           detail=[nearest(n, have) for n in lacking])  # fmt: skip
+                           detail=sorted({nearest(n, have) for n in lacking}))  # fmt: skip
     file = ModelFile(ref, code)
     _check_hooks(file)
     return file
@@ -147,6 +147,8 @@ def _missing(ref: ModelRef, error: ImportError) -> DeployError:
 
 def _failed(ref: ModelRef, what: str, error: Exception) -> DeployError:
     frames = reversed(traceback.extract_tb(error.__traceback__))
-    line = next((str(f.lineno) for f in frames if f.filename == ref.path), "?")
+    line = next((f.lineno for f in frames if f.filename == ref.path), None)  # None: all frames are a library's
+    if isinstance(error, SyntaxError) and error.filename == ref.path:
+        line = error.lineno
     return InputRefused("DT302", f"{what} of {ref.name!r} must run (got {type(error).__name__}: {str(error)[:500]})",
-                        detail=[f"at {ref.path}:{line}"])  # fmt: skip
+                        detail=[f"at {ref.path}:{line}" if line else f"in {ref.path}"])  # fmt: skip

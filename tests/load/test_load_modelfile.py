@@ -134,7 +134,7 @@ def samples(): return [{{"x": torch.ones(2)}}]
 SAMPLES = 'def samples(): return [{"input": torch.ones(1, 3)}]\n'
 BUILD = "def build(): return nn.Linear(3, 2)\n"
 BAD = {
-    "syntax": ("def build(:\n", "DT302", "SyntaxError"),
+    "syntax": ("\ndef build(:\n", "DT302", "m.py:5"),
     "import": ("raise RuntimeError('no luck')\n", "DT302", "no luck"),
     "no build": (SAMPLES, "DT302", "missing: build"),
     "no samples": (BUILD, "DT302", "missing: samples"),
@@ -149,7 +149,7 @@ BAD = {
     "a tuple": (BUILD + "def samples(): return [(torch.ones(1, 3),)]\n", "DT303", "sample 0 is a tuple"),
     "a text": (BUILD + "def samples(): return [{'input': 'text'}]\n", "DT303", "got str"),
     "names": (BUILD + "def samples(): return [{'inputs': torch.ones(1, 3)}]\n", "DT303", "did you mean 'input'?"),
-    "forward": (BUILD + "def samples(): return [{'input': torch.ones(1, 4)}]\n", "DT302", "RuntimeError"),
+    "forward": (BUILD + "def samples(): return [{'input': torch.ones(1, 4)}]\n", "DT302", "in /"),
     "module": ("import no_such_package_here\n" + BUILD + SAMPLES, "DT401", "no_such_package_here"),
     "module later": ("def build():\n    import no_such_package_here\n" + SAMPLES, "DT401", "no_such_package_here"),
     "direction": (BUILD + SAMPLES + "LOWER_IS_BETTER = 'loss'\n", "DT302", "LOWER_IS_BETTER must be a list"),
