@@ -63,7 +63,7 @@ def _checked(metrics: Any) -> dict[str, float]:
         numbers = {str(name): float(value) for name, value in metrics.items()}
     except (TypeError, ValueError) as error:
         raise InputRefused("DT313", f"every metric must be a number (got {metrics!r:.300})") from error
-    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         raise InputRefused("DT313", f"every metric must be finite (got {', '.join(bad)})")
     return numbers
