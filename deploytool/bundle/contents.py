@@ -38,7 +38,9 @@ def artifact_folders(path: Path) -> list[Path]:
     """The artifacts' folders below an export's output, damaged ones too; none below an artifact or a bundle."""
     if path.is_file() or any((path / name).is_file() for name in (manifests.MANIFEST, artifacts.MANIFEST)):
         return []
-    return sorted(place.parent for place in path.glob(f"[!.]*/{artifacts.MANIFEST}"))
+    # Recorded cases without a manifest are an artifact that lost it: left out it would pass unseen.
+    signs = (artifacts.MANIFEST, artifacts.GOLDEN)
+    return sorted({place.parent for sign in signs for place in path.glob(f"[!.]*/{sign}")})
 
 
 def _by_target(path: Path, folders: list[Path]) -> dict[str, Artifact]:

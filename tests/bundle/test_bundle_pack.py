@@ -226,6 +226,14 @@ def test_artifacts_are_found_wherever_they_lie(tmp_path: Path) -> None:
         pass
 
 
+def test_an_artifact_that_lost_its_manifest_is_not_left_out(tmp_path: Path) -> None:
+    """A folder with recorded cases and no artifact.json must be refused by name: the others would pass without it."""
+    make(tmp_path / "out" / "a")
+    (make(tmp_path / "out" / "b", "ort-2").folder / "artifact.json").unlink()
+    with pytest.raises(InputRefused, match=r"must hold artifact\.json \(got .*out/b\)"), opened(tmp_path / "out"):
+        pass
+
+
 def test_inspecting_a_tar_tells_places_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `inspect` says of a tar names the folder inside it, not a temporary one that is gone."""
     pack([make(tmp_path / "a")], tmp_path / "b.tar", name="tiny", version="1", kind="tar")

@@ -96,6 +96,10 @@ def _cut_short(folder: Path) -> None:
     (folder / "artifact.json").write_text("{")
 
 
+def _lost(folder: Path) -> None:
+    (folder / "artifact.json").unlink()
+
+
 def _flipped(folder: Path) -> None:
     path = folder / "model.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -109,8 +113,9 @@ def _broken_engine(folder: Path) -> None:
 
 def test_a_damaged_artifact_does_not_hide_the_others(out: Path, tmp_path: Path, capsys: Any) -> None:
     """Every artifact of a folder must be judged, the damaged one be reported, and its exit code be the command's."""
-    for damage, code, exit_code in ((_cut_short, "DT309", 3), (_flipped, "DT601", 6), (_broken_engine, "DT504", 5)):
-        folder = tmp_path / code
+    for damage, code, exit_code in ((_cut_short, "DT309", 3), (_lost, "DT309", 3), (_flipped, "DT601", 6),
+                                    (_broken_engine, "DT504", 5)):  # fmt: skip
+        folder = tmp_path / damage.__name__
         shutil.copytree(out, folder)
         damage(folder / "ort")
         arguments = [str(folder), "--quiet", "--json", "--no-quality", "--no-nodes"]
