@@ -111,7 +111,8 @@ def _split(name: str) -> tuple[bytes, bytes]:
 def _parse(block: bytes, offset: int, where: str) -> Member:
     if len(block) != _BLOCK or block[257:265] != b"ustar\00000":
         raise InputRefused("DT311", f"{where} must be a tar as `deploytool package` writes it",
-                           detail=[f"no header of that form at byte {offset - _BLOCK}"])  # fmt: skip
+                           detail=[f"no header of that form at byte {offset - _BLOCK}"],
+                           fix="get the bundle again, from whoever released it")  # fmt: skip
     try:
         name = b"/".join(part for part in (block[345:500].rstrip(b"\0"), block[:100].rstrip(b"\0")) if part).decode()
         size = int(block[124:135], 8)
