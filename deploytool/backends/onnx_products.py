@@ -7,7 +7,7 @@ alone can be put in and its effect on the outputs seen: one session serves all p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,13 +58,19 @@ class Rounding(Protocol):
         ...
 
 
-def products_to_keep(model: ModelProto, request: Request, options: tables.KeepFp32, bits: int) -> list[str]:
-    """Names of the MatMul nodes with constant weights that stay fp32; `bits` is the width of int8 weights."""
+def products_to_keep(
+    model: ModelProto, request: Request, options: tables.KeepFp32, bits: int, whole: Collection[str] = ()
+) -> list[str]:
+    """Names of the MatMul nodes with constant weights that stay fp32.
+
+    `bits` is the width of int8 weights, but of those named in `whole`, which have 8.
+    """
     weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
     products = [n for n in model.graph.node
                 if n.op_type == "MatMul" and n.input[1] in weights and n.name not in options.exclude]  # fmt: skip
     arrays = {n.name: numpy_helper.to_array(weights[n.input[1]]) for n in products}
-    effects = effects_of(model, products, _Dynamic(arrays, bits), request, options)
+    widths = {n.name: 8 if n.input[1] in whole else bits for n in products}
+    effects = effects_of(model, products, _Dynamic(arrays, widths), request, options)
     return sensitivity.most_sensitive(effects, len(products), options.keep_fp32, request.target.parity.cosine_min)
 
 
@@ -82,13 +88,13 @@ class _Dynamic:
     """Dynamic int8: weights symmetric per channel, one range per call for the activations."""
 
     weights: Mapping[str, np.ndarray]
-    bits: int
+    bits: Mapping[str, int]
 
     def error(self, name: str, x: np.ndarray) -> float:
-        return sensitivity.own_error(x, self.weights[name], self.bits)
+        return sensitivity.own_error(x, self.weights[name], self.bits[name])
 
     def noise(self, name: str, x: np.ndarray) -> np.ndarray:
-        return sensitivity.int8_noise(x, self.weights[name], self.bits)
+        return sensitivity.int8_noise(x, self.weights[name], self.bits[name])
 
 
 class _Ranking:

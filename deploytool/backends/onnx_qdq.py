@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploytool.backends.onnx_ranges import Range
+from deploytool.backends.saturation import pair_sums
 
 _ACTIVATIONS = ("Relu", "Clip")  # merged into a convolution that is rounded after them
 _LARGEST_BIAS = 2.0**30  # in steps: a bias is an int32 in the grid of the product
@@ -23,7 +24,7 @@ _LARGEST_BIAS = 2.0**30  # in steps: a bias is an int32 in the grid of the produ
 class Scheme:
     """How numbers are rounded.
 
-    weight_bits   7 cannot saturate in kernels that add two products of 8 bits in 16
+    weight_bits   7: where 8 could saturate in kernels that add two products in 16 bits (saturation.py), else 8
     symmetric     activations as int8 with zero point 0, else as uint8 with a zero point
     """
 
@@ -47,12 +48,20 @@ class Scheme:
 
     def codes(self, weight: np.ndarray, axis: int, least: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Codes of a weight and the scale of each channel along `axis`, no scale below `least`."""
-        limit = 2 ** (self.weight_bits - 1) - 1
-        others = tuple(index for index in range(weight.ndim) if index != axis)
-        scale = np.maximum(np.abs(weight).max(axis=others) / limit, 0.0 if least is None else least)
-        scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
-        shape = [-1 if index == axis else 1 for index in range(weight.ndim)]
-        return np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8), scale
+        codes, scale = _rounded(weight, axis, least, 8)
+        if self.weight_bits == 8 or not pair_sums(codes, axis).can_saturate:
+            return codes, scale
+        return _rounded(weight, axis, least, self.weight_bits)
+
+
+def _rounded(weight: np.ndarray, axis: int, least: np.ndarray | None, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric codes of this width and the scale of each channel, see Scheme.codes."""
+    limit = 2 ** (bits - 1) - 1
+    others = tuple(index for index in range(weight.ndim) if index != axis)
+    scale = np.maximum(np.abs(weight).max(axis=others) / limit, 0.0 if least is None else least)
+    scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
+    shape = [-1 if index == axis else 1 for index in range(weight.ndim)]
+    return np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8), scale
 
 
 def channel_axis(node: NodeProto, weight: np.ndarray) -> int:

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploytool.backends import sensitivity, tables
+from deploytool.backends import saturation, sensitivity, tables
 from deploytool.backends.base import Request
 from deploytool.backends.onnx_products import effects_of, with_products
 from deploytool.backends.onnx_qdq import Scheme, channel_axis, quantizable, ranges_needed, write_qdq
@@ -69,7 +69,20 @@ def quantize_static(source: Path, request: Request, options: Options, out: Path)
                            fix="lower keep_fp32, or choose an fp32 target")  # fmt: skip
     return {"scheme": "static", "calibration": method, "calibration_feeds": len(feeds), "int8": dict(done),
             "kept_fp32": [*options.keep.exclude, *kept], "weight_bits": options.scheme.weight_bits,
-            "calibration_loss": loss}  # fmt: skip
+            "calibration_loss": loss} | _widths(best, nodes, options.scheme)  # fmt: skip
+
+
+def _widths(graph: ModelProto, nodes: Sequence[NodeProto], scheme: Scheme) -> dict[str, Any]:
+    """Which weights have 8 bits although 7 were asked for, and how many can saturate; nothing of GPUs."""
+    if scheme.symmetric:
+        return {}
+    tensors = {t.name: t for t in graph.graph.initializer}
+    codes = {n.name: (n, numpy_helper.to_array(tensors[name])) for n in nodes
+             if (name := f"{n.name}:weight:codes") in tensors}  # fmt: skip
+    limit = 2 ** (scheme.weight_bits - 1) - 1
+    return {"weights_in_8_bits": sorted(name for name, (_, array) in codes.items() if abs(array).max() > limit),
+            "can_saturate": saturation.counted((name, array, channel_axis(node, array))
+                                               for name, (node, array) in codes.items())}  # fmt: skip
 
 
 class _Search:

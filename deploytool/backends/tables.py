@@ -76,7 +76,7 @@ class OnnxRuntimeBuild(KeepFp32):
                    that calibration fixes; "weights" the weights alone. int4 rounds weights
     op_types       operators that become int8. Dynamic: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather",
                    "Conv", the first three where left out; static: "MatMul" and "Conv"
-    reduce_range   dynamic and static: 7-bit weights, which cannot saturate on CPUs without VNNI
+    reduce_range   dynamic and static: 7-bit weights where 8 bits could saturate on CPUs without VNNI
     format         "ort": the optimized graph in ONNX Runtime's own format, with the file of the operators that it
                    needs, from which a smaller runtime can be built
     fp32_ops       fp16: operators that stay fp32, beside those that always do

@@ -16,6 +16,7 @@ from typing import Any
 
 from deploytool import worker
 from deploytool.artifact import MANIFEST, REPORT, Artifact
+from deploytool.backends import saturation
 from deploytool.backends.base import Probe, find_backend, load_checked_target
 from deploytool.bench.compare import compare
 from deploytool.bench.decoding import measure_decoding, told
@@ -325,6 +326,7 @@ def _stages(
     if coded and target.backend != "eager" and not artifact.settings.get("encoded"):
         findings.append(f"the model's {coded} quantized weights are stored in this target's own form, not as their "
                         "codes, which ort-int4 and ort-weight-int8 keep")  # fmt: skip
+    findings += saturation.told(artifact.settings)
     speed = memory = None
     if options.bench_seconds > 0 and artifact.executes:
         say(f"{target.name}: timing")
