@@ -16,6 +16,8 @@ _EXIT = {"passed": 0, "failed": 1, "inconclusive": 7}
 @click.argument("candidate", type=click.Path(exists=True, path_type=Path))
 @click.option("--against", "released", required=True, type=click.Path(exists=True, path_type=Path),
               help="What was released: an artifact, an export's output, or a bundle.")  # fmt: skip
+@click.option("-t", "--target", "targets", multiple=True, metavar="NAME",
+              help="Judge this target alone; repeat it for several. Default: all that were released.")  # fmt: skip
 @click.option("--max-drop", default=0.01, type=options.SHARE_OF_ALL, show_default=True,
               help="Share of a task metric that may be lost.")  # fmt: skip
 @click.option("--max-growth", default=0.05, type=options.SHARE, show_default=True,
@@ -30,8 +32,8 @@ _EXIT = {"passed": 0, "failed": 1, "inconclusive": 7}
 @options.quiet_option
 @options.json_option
 def command(
-    candidate: Path, released: Path, max_drop: float, max_growth: float, max_slowdown: float, no_latency: bool,
-    new_model: bool, seconds: float, seed: int, limits: Limits, quiet: bool, as_json: bool,
+    candidate: Path, released: Path, targets: tuple[str, ...], max_drop: float, max_growth: float, max_slowdown: float,
+    no_latency: bool, new_model: bool, seconds: float, seed: int, limits: Limits, quiet: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Gate CANDIDATE against what was released: contract, golden replay, metrics, size and speed on this machine.
 
@@ -44,7 +46,7 @@ def command(
     gates = GateLimits(metric_drop_max=max_drop, size_growth_max=max_growth,
                        slowdown_max=None if no_latency else max_slowdown, new_model=new_model)  # fmt: skip
     how = Options(out=candidate, bench_seconds=0.0 if no_latency else seconds, seed=seed, limits=limits)
-    verdict = check_release(candidate, released, gates, how, options.say(quiet))
+    verdict = check_release(candidate, released, gates, how, options.say(quiet), targets)
     if as_json:
         options.print_json(verdict.to_json())
     else:

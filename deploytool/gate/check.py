@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from deploytool.artifact import Artifact
-from deploytool.errors import DeployError, EnvironmentLacking, IntegrityBroken
+from deploytool.errors import DeployError, EnvironmentLacking, IntegrityBroken, UsageProblem, nearest
 from deploytool.gate.contract import check_contract
 from deploytool.gate.evidence import check_quality, check_reports, note_memory, read_report
 from deploytool.gate.golden import Replay, check_golden
@@ -19,18 +19,25 @@ DEFAULTS = GateLimits()
 
 def check(
     candidate: Mapping[str, Artifact], released: Mapping[str, Artifact], *, replay: Replay, compare: Compare | None,
-    limits: GateLimits = DEFAULTS,
+    limits: GateLimits = DEFAULTS, only: Collection[str] = (),
 ) -> Verdict:  # fmt: skip
-    """Judge every released target's candidate; both are artifacts by target.
+    """Judge every released target's candidate, or that of the targets named in `only`; both are artifacts by target.
 
     `replay(artifact, cases)` runs an artifact on the cases' inputs and returns their outputs in order.
     `compare(candidate, released)` times both here, interleaved, and returns "speedup" (released time / candidate
     time) and "speedup_ci" ([low, high], or None when it could not be decided); without it latency is inconclusive.
-    Raises EnvironmentLacking when an engine cannot run on this machine.
+    Raises EnvironmentLacking when an engine cannot run on this machine, UsageProblem when `only` names what was not
+    released.
     """
+    unknown = [target for target in only if target not in released]
+    if unknown:
+        raise UsageProblem("DT201", f"--target must name what was released, {', '.join(released)} (got {unknown[0]!r})",
+                           detail=[nearest(unknown[0], list(released))])  # fmt: skip
     findings: list[Finding] = []
     for target, old in released.items():
-        if target in candidate:
+        if only and target not in only:
+            findings.append(Finding("contract", target, "note", "not judged: other targets were named"))
+        elif target in candidate:
             findings += _one(target, candidate[target], old, replay, compare, limits)
         else:
             findings.append(Finding("contract", target, "fail", "the target must be in the candidate (it is missing)"))

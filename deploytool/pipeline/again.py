@@ -288,8 +288,13 @@ def replay(artifact: Artifact, cases: Sequence[Case], limits: worker.Limits = wo
         return [case.outputs for case in read_cases(Path(folder) / "out")]
 
 
-def check_release(candidate: Path, released: Path, gates: GateLimits, options: Options, say: Say) -> Verdict:
-    """The release gate: `candidate` against `released`, each an artifact, an export's output, or a bundle."""
+def check_release(
+    candidate: Path, released: Path, gates: GateLimits, options: Options, say: Say, only: Sequence[str] = ()
+) -> Verdict:
+    """The release gate: `candidate` against `released`, each an artifact, an export's output, or a bundle.
+
+    `only` names the targets to judge; all that were released where it is empty.
+    """
 
     def compared(new: Artifact, old: Artifact) -> Mapping[str, Any]:
         say(f"{new.target['name']}: timing against the release")
@@ -304,4 +309,5 @@ def check_release(candidate: Path, released: Path, gates: GateLimits, options: O
         return replay(artifact, cases, options.limits)
 
     with opened(candidate) as new, opened(released) as old:
-        return check(new, old, replay=replayed, compare=compared if options.bench_seconds else None, limits=gates)
+        timing = compared if options.bench_seconds else None
+        return check(new, old, replay=replayed, compare=timing, limits=gates, only=only)

@@ -14,7 +14,7 @@ from tiny_release import SIGNATURE, WEIGHT, finish, make, replay, run, same_spee
 
 from deploytool.artifact import Artifact
 from deploytool.cases import Case
-from deploytool.errors import BackendFailed, EnvironmentLacking
+from deploytool.errors import BackendFailed, EnvironmentLacking, UsageProblem
 from deploytool.gate.check import check
 from deploytool.gate.limits import GateLimits
 from deploytool.results import Finding, Verdict
@@ -66,6 +66,22 @@ def test_missing_target_fails_and_new_target_is_noted(candidate: Artifact, relea
     verdict = check({"gpu": candidate}, {"cpu": released}, replay=replay, compare=same_speed)
     assert failed(verdict) == {"contract"}
     assert [f.status for f in verdict.findings if f.subject == "gpu"] == ["note"]
+
+
+def test_named_targets_alone_are_judged(tmp_path: Path, candidate: Artifact, released: Artifact) -> None:
+    """A fault of a target that was not named must not count, that of a named one must, and what is left out is said."""
+    both = {"cpu": released, "gpu": released}
+    verdict = check({"cpu": candidate}, both, replay=replay, compare=same_speed, only=["cpu"])
+    assert verdict.status == "passed"
+    assert [(f.subject, f.status) for f in verdict.findings if f.sentence.startswith("not judged")] == [("gpu", "note")]
+    assert failed(check({"cpu": candidate}, both, replay=replay, compare=same_speed, only=["gpu"])) == {"contract"}
+
+
+def test_a_named_target_must_be_released(candidate: Artifact, released: Artifact) -> None:
+    """Naming what was not released must be a mistake of usage, also where the candidate has it."""
+    new = {"cpu": candidate, "gpu": candidate}
+    with pytest.raises(UsageProblem, match=r"must name what was released, cpu \(got 'gpu'\)"):
+        check(new, {"cpu": released}, replay=replay, compare=same_speed, only=["cpu", "gpu"])
 
 
 @pytest.mark.parametrize("which", ["candidate", "released"])
