@@ -141,3 +141,29 @@ def test_html_without_its_package_says_what_to_install(
     told = capsys.readouterr()
     assert "error[DT401]" in told.err and "pip install 'deploytool[report]'" in told.err and told.out == ""
     assert run(["report", str(tmp_path / "d.json"), "--format", "markdown"]) == 0
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "html", "json"])
+def test_a_report_is_written_to_a_file(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With -o the file must hold what is printed without; one that exists must stay unless --overwrite is given."""
+    if form == "html":
+        pytest.importorskip("jinja2")
+    (tmp_path / "d.json").write_text(json.dumps(next(iter(DOCUMENTS.values()))))
+    asked = ["report", str(tmp_path / "d.json"), "--format", form]
+    assert run(asked) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "new" / "r.txt"
+    assert run([*asked, "-o", str(out)]) == 0
+    assert capsys.readouterr().out == "" and out.read_text() == printed
+    out.write_text("mine")
+    assert run([*asked, "-o", str(out)]) == 2
+    assert "error[DT203]" in capsys.readouterr().err and out.read_text() == "mine"
+    assert run([*asked, "-o", str(out), "--overwrite"]) == 0
+    assert out.read_text() == printed and [p.name for p in out.parent.iterdir()] == ["r.txt"]
+
+
+def test_a_report_does_not_replace_a_folder(tmp_path: Path) -> None:
+    """A folder must be refused as the output, an empty one and with --overwrite too."""
+    (tmp_path / "d.json").write_text(json.dumps(next(iter(DOCUMENTS.values()))))
+    (tmp_path / "f").mkdir()
+    assert run(["report", str(tmp_path / "d.json"), "-o", str(tmp_path / "f"), "--overwrite"]) == 2
