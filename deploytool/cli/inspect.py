@@ -33,7 +33,7 @@ def _artifacts(path: Path) -> dict[str, Any] | None:
     from deploytool.artifact import MANIFEST
     from deploytool.bundle.contents import opened
     from deploytool.bundle.manifest import MANIFEST as BUNDLE
-    from deploytool.bundle.manifest import VARIANTS
+    from deploytool.bundle.manifest import VARIANTS, read_manifest
 
     if path.suffix in (".py", ".onnx") or not (
         path.is_file() or (path / BUNDLE).is_file() or (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}"))
@@ -44,7 +44,12 @@ def _artifacts(path: Path) -> dict[str, Any] | None:
         rows = [{**a.to_json(), "name": name,
                  "folder": f"{VARIANTS}/{a.folder.name}" if path.is_file() else str(a.folder)}
                 for name, a in artifacts.items()]  # fmt: skip
-    return {"kind": "artifacts", "artifacts": rows}
+        bundle = None
+        if path.is_file() or (path / BUNDLE).is_file():
+            root = next(iter(artifacts.values())).folder.parents[1]
+            manifest = read_manifest((root / BUNDLE).read_bytes(), str(path))
+            bundle = {"name": manifest.name, "version": manifest.version}
+    return {"kind": "artifacts", "bundle": bundle, "artifacts": rows}
 
 
 def _model(name: str, limits: Limits) -> dict[str, Any]:
@@ -59,7 +64,8 @@ def _model(name: str, limits: Limits) -> dict[str, Any]:
 
 def _text(found: dict[str, Any]) -> list[str]:
     if found["kind"] == "artifacts":
-        return [line for artifact in found["artifacts"] for line in _artifact_text(artifact)]
+        lines = [f"bundle {found['bundle']['name']} {found['bundle']['version']}"] if found["bundle"] else []
+        return lines + [line for artifact in found["artifacts"] for line in _artifact_text(artifact)]
     lines = [f"model {found['model']['name']} ({found['model']['kind']})"]
     lines += _signature_text(found["signature"])
     lines += [f"{found['parameters']} parameters, {found['size_bytes']} bytes, {found['samples']} samples",

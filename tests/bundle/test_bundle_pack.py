@@ -243,3 +243,17 @@ def test_inspecting_a_tar_tells_places_in_it(tmp_path: Path, capsys: pytest.Capt
     assert run(["inspect", str(tmp_path / "a"), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["artifacts"]
     assert found["folder"] == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["dir", "tar"])
+def test_inspecting_a_bundle_tells_its_name_and_version(
+    kind: Literal["dir", "tar"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `inspect` says of a bundle must begin with its name and version; of an artifact there is neither."""
+    pack([make(tmp_path / "a")], tmp_path / "b", name="tiny", version="1.2", kind=kind)
+    assert run(["inspect", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out.startswith("bundle tiny 1.2\nort: ")
+    assert run(["inspect", str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bundle"] == {"name": "tiny", "version": "1.2"}
+    assert run(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bundle"] is None
