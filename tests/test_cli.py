@@ -171,6 +171,14 @@ def test_json_is_exactly_one_document(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_profile_is_shown_key_by_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a profile holds, defaults too, must stand one key to a line as an error about the file would name it."""
+    assert run(["targets", "show", "trt"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"backend: tensorrt", "parity.cosine_min: 0.999", "parity.max_abs: null", "runtime.threads: 0"} <= set(lines)
+    assert not any("{" in line for line in lines)
+
+
 def _deploytool(*arguments: str, **popen: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "deploytool", *arguments], stderr=subprocess.PIPE, **popen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
@@ -47,7 +48,9 @@ def show(name: str, as_json: bool) -> None:
         options.print_json({"schema_version": "1.0", "target": profile})
         return
     for key, value in profile.items():
-        click.echo(f"{key}: {value}")
+        for name, entry in value.items() if isinstance(value, dict) else [("", value)]:
+            said = entry if isinstance(entry, str) else json.dumps(entry)
+            click.echo(f"{key}.{name}: {said}" if name else f"{key}: {said}")
 
 
 def _row(name: str) -> dict[str, Any]:
