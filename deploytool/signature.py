@@ -75,12 +75,23 @@ class Signature:
             if array.ndim != len(spec.shape):
                 raise InputRefused("DT308", f"input {spec.name!r} must have shape {list(spec.shape)} "
                                             f"(got {list(array.shape)})")  # fmt: skip
-            for dim, size in zip(spec.shape, array.shape, strict=True):
+            for axis, (dim, size) in enumerate(zip(spec.shape, array.shape, strict=True)):
                 expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
                 if expected != size:
-                    raise InputRefused("DT308", f"dimension {dim!r} of input {spec.name!r} must be {expected} "
-                                                f"(got {size})")  # fmt: skip
+                    raise self._wrong_size(spec, axis, expected, array)
         return sizes
+
+    def _wrong_size(self, spec: TensorSpec, axis: int, expected: int, array: np.ndarray) -> InputRefused:
+        dim, must = spec.shape[axis], f"axis {axis} of input {spec.name!r} must have"
+        if isinstance(dim, int):
+            must += f" the fixed size {dim}"
+            fix = f"give size {dim} there, or export again with that axis free: name it in INPUTS"
+        else:
+            first = next(other for other in self.inputs if dim in other.shape)
+            must += f" size {expected}, as axis {first.shape.index(dim)} of input {first.name!r} has: both are {dim!r}"
+            fix = f"give all inputs the same size of {dim!r}"
+        detail = [f"the input: {spec}", f"got: {list(array.shape)}"]
+        return InputRefused("DT308", f"{must} (got {array.shape[axis]})", detail=detail, fix=fix)
 
 
 def _check_names(known: tuple[str, ...], feeds: Feeds) -> None:
