@@ -155,20 +155,44 @@ def test_a_missing_backend_says_how_to_install_it(
     assert document["targets"][0]["status"] == "unavailable"
 
 
-def test_a_backend_that_does_not_import(called: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that is there but broken must end as 4 with its own words, and other targets must go on."""
+def _with_openvino(text: str, *options: str) -> Result:
+    """Export to OpenVINO and TorchScript where `import openvino` runs `text`."""
     Path("shim").mkdir()
-    Path("shim/openvino.py").write_text("raise ImportError('libtbb.so.12: cannot open shared object file')")
+    Path("shim/openvino.py").write_text(text)
     Path("shim/nncf.py").write_text("")
     path = os.pathsep.join([str(Path("shim").absolute()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    model = _model(BUILD + SAMPLES)
-    code, document, said = _done("export", model, "--target", "openvino", *EXPORT,
-                                 env={**os.environ, "PYTHONPATH": path.strip(os.pathsep)})  # fmt: skip
+    return _done("export", _model(BUILD + SAMPLES), "--target", "openvino", *EXPORT, *options,
+                 env={**os.environ, "PYTHONPATH": path.strip(os.pathsep)})  # fmt: skip
+
+
+def test_a_backend_that_does_not_import() -> None:
+    """A package that is there but broken must end as 4 with its own words, and other targets must go on."""
+    code, document, said = _with_openvino("raise ImportError('libtbb.so.12: cannot open shared object file')")
     by_name = {r["target"]: r for r in document["targets"]}
     assert by_name["torchscript"]["status"] == "ok", by_name["torchscript"]["reason"]
     assert code == 4 and by_name["openvino"]["status"] == "failed"
     assert by_name["openvino"]["error"]["code"] == "DT401" and "libtbb.so.12" in said
     assert "deploytool[openvino]" in by_name["openvino"]["error"]["fix"] and _nothing_left()
+
+
+BACKENDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "crash": ("import os\nos.abort()", (), "DT501"),
+    "hang": ("import time\ntime.sleep(600)", ("--timeout", "20"), "DT502"),
+    "hog": ("import time\nheld = [bytearray(b'x') * 100_000_000 for _ in range(60) if not time.sleep(0.02)]",
+            ("--memory-limit", "1500M"), "DT503"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_that_misbehave(name: str) -> None:
+    """A backend that crashes, hangs or eats memory must end as 5 with its own code, the other target be whole."""
+    text, options, error = BACKENDS[name]
+    code, document, _ = _with_openvino(text, *options)
+    by_name = {r["target"]: r for r in document["targets"]}
+    assert (code, by_name["openvino"]["status"]) == (5, "failed")
+    assert by_name["openvino"]["error"]["code"] == error
+    assert by_name["torchscript"]["status"] == "ok", by_name["torchscript"]["reason"]
+    assert {p.name for p in Path("out").iterdir()} == {"torchscript", "report.json"} and _nothing_left()
 
 
 MODELS: dict[str, tuple[str, tuple[str, ...], int, str, str]] = {
