@@ -124,7 +124,7 @@ class Backend:
         """Whether `target` can be built and run here; never raises, imports nothing heavy."""
         absent = [name for name in self.modules if not any(_importable(part) for part in name.split("|"))]
         if absent:
-            return Probe(False, False, f"not installed: {', '.join(absent)}", self.fix)
+            return Probe(False, False, f"not installed: {', '.join(absent).replace('|', ' or ')}", self.fix)
         compiler = os.environ.get("CXX") or "g++"
         if self.compiler and shutil.which(compiler) is None:
             return Probe(False, False, f"no C++ compiler here: {compiler} is not found", "apt-get install g++")

@@ -122,15 +122,19 @@ def test_a_missing_backend_is_unavailable(
     model: str, exported: Exported, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A target whose package is absent is told with the command that installs it, and the others are exported."""
-    absent = dataclasses.replace(base.BACKENDS["eager"], name="absent", modules=("no_such_engine",), extra="engine")
+    absent = dataclasses.replace(
+        base.BACKENDS["eager"], name="absent", modules=("no_such_engine|nor_this",), extra="engine"
+    )
     monkeypatch.setitem(base.BACKENDS, "absent", absent)
     name = profile("other", "absent", "fp32", "cosine_min = 0.9")
     plan = make_plan(model, ["torchscript", name], Options(out=Path("nowhere-yet")))
-    assert plan.unavailable == {"other": ("not installed: no_such_engine", "pip install 'deploytool[engine]'")}
+    assert plan.unavailable == {
+        "other": ("not installed: no_such_engine or nor_this", "pip install 'deploytool[engine]'")
+    }
     report = exported(model, "torchscript", name)
     results = by_target(report)
     assert results["torchscript"]["status"] == "ok" and results["other"]["status"] == "unavailable"
-    assert set(results["other"]) >= KEYS and results["other"]["reason"] == "not installed: no_such_engine"
+    assert set(results["other"]) >= KEYS and results["other"]["reason"] == "not installed: no_such_engine or nor_this"
     assert exit_code(report, asked_all=False) == 4 and exit_code(report, asked_all=True) == 0
     assert exit_code(exported(model, name, out="none"), asked_all=True) == 4
 
