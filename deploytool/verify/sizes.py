@@ -33,7 +33,7 @@ def unseen(parity: Mapping[str, Any], inputs: Sequence[str]) -> list[str]:
     """What the cases did not show, one sentence each: sizes of 1, 2 and odd ones, padding where there is a mask."""
     said = []
     for dim, seen in parity["sizes"].items():
-        kinds = {"1": 1 in seen, "2": 2 in seen, "an odd one": any(size % 2 and size > 1 for size in seen)}
+        kinds = {"1": 1 in seen, "2": 2 in seen, "a larger odd one": any(size % 2 and size > 1 for size in seen)}
         if missing := [word for word, there in kinds.items() if not there]:
             said.append(f"{dim} was compared at {', '.join(map(str, seen))}: not at {', '.join(missing)}")
     if not parity["padded"] and any("mask" in name for name in inputs):

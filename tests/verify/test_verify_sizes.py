@@ -33,7 +33,7 @@ def test_sizes_and_padding_are_counted() -> None:
     [
         (((1, 1), (2, 2), (3, 3)), True, []),
         (((1, 1), (2, 2), (3, 3)), False, ["no case has padding: that the mask is heeded is not shown"]),
-        (((1, 1), (2, 2), (3, 8)), True, ["time was compared at 1, 2, 8: not at an odd one"]),
+        (((1, 1), (2, 2), (3, 8)), True, ["time was compared at 1, 2, 8: not at a larger odd one"]),
         (((4, 1), (5, 2), (5, 3)), True, ["batch was compared at 4, 5: not at 1, 2"]),
     ],
 )
