@@ -79,7 +79,7 @@ def _explained(told: dict[str, Any]) -> list[str]:
             before, after = step["before"][name], step["after"][name]
             lines.append(f"  {name:<12} {before:>12} -> {after:>12}  ({after / max(before, 1):.3f}x)")
         lines += [f"  would change {name}" for name in step["layers"]]
-        lines += [f"  would leave {row['layer']}: {row['reason']}" for row in step["skipped"]]
+        lines += [f"  would leave {row['layer'] or 'the module itself'}: {row['reason']}" for row in step["skipped"]]
     return lines
 
 
