@@ -145,14 +145,14 @@ def test_options_out_of_range(arguments: tuple[str, str], called: Callable[..., 
 def test_a_missing_backend_says_how_to_install_it(
     called: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A target whose package is absent must end as 4 with the command that installs it."""
+    """A target whose package is absent must end as 4 with the command that installs it, and leave nothing."""
     engine = base.Backend("absent", "source", (), ("no_such_engine",), "engine", base.tables.NoSettings)
     monkeypatch.setitem(base.BACKENDS, "absent", engine)
     Path("p.toml").write_text('name = "p"\ndescription = "d"\nbackend = "absent"\nprecision = "fp32"\n'
                               "[parity]\ncosine_min = 0.9\n")  # fmt: skip
     code, document, said = called("export", "digits", "--target", "./p.toml", "-o", "out")
     assert code == 4 and "pip install 'deploytool[engine]'" in said
-    assert document["targets"][0]["status"] == "unavailable"
+    assert document["targets"][0]["status"] == "unavailable" and not Path("out").exists()
 
 
 def _with_openvino(text: str, *options: str) -> Result:

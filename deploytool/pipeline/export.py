@@ -164,7 +164,8 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
                 results.append(result)
     report = {"schema_version": SCHEMA_VERSION, "model": plan.model.name, "environment": environment(),
               "targets": results}  # fmt: skip
-    write_json(options.out / REPORT, report)
+    if plan.targets:  # else nothing was tried, and the next call must not find its output taken
+        write_json(options.out / REPORT, report)
     _tell_of_others(options.out, [str(result["target"]) for result in results], say)
     return report
 
