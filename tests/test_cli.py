@@ -171,6 +171,19 @@ def test_json_is_exactly_one_document(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [
+    ["export", "digits", "--target", "ort"], ["compress", "--recipe", "digits-svd", "-o", "x"],
+    ["tune", "digits", "--target", "ort"],
+])  # fmt: skip
+def test_a_quiet_dry_run_still_tells_its_plan(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--quiet must not silence the one thing that --dry-run was asked for."""
+    monkeypatch.chdir(tmp_path)
+    assert run([*arguments, "--dry-run", "--quiet"]) == 0
+    assert capsys.readouterr().err.startswith("plan: ")
+
+
 def test_a_profile_is_shown_key_by_key(capsys: pytest.CaptureFixture[str]) -> None:
     """What a profile holds, defaults too, must stand one key to a line as an error about the file would name it."""
     assert run(["targets", "show", "trt"]) == 0

@@ -38,7 +38,7 @@ def command(
     from deploytool.storage import refuse_existing
 
     first = os.environ.get("RANK", "0") == "0"  # torchrun starts the command several times, and one of them speaks
-    say = options.say(quiet or not first)
+    say = options.say((quiet and not dry_run) or not first)
     path = find_recipe(recipe)
     steps = load_recipe(path)
     ref = resolve(model or steps.model or options.model_or_default(None, say))

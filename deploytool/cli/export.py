@@ -43,7 +43,7 @@ def command(
     MODEL is a shipped name, a Python model file, a Hugging Face folder or id, an ONNX file, or a folder that compress
     wrote.
     """
-    say = options.say(quiet)
+    say = options.say(quiet and not dry_run)  # the plan is all that a dry run is for
     name = options.model_or_default(model, say)
     with Ahead(limits) as ahead:
         if not dry_run and not no_cache:

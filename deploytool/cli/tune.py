@@ -75,7 +75,7 @@ def command(
     from deploytool.tune.run import bucket_names, make_plan, tune
     from deploytool.tune.search import Question
 
-    say = options.say(quiet)
+    say = options.say(quiet and not dry_run)  # the plan is all that a dry run is for
     name = options.model_or_default(model, say)
     chosen = [n for t in options.targets_or_default(targets) for n in (target_names() if t == ALL else [t])]
     out = output or Path("deploytool-tune") / Path(name).stem
