@@ -71,8 +71,8 @@ def compare(
     Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), p99_sure_ms (a
     bound, or None), runs, blocks, disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, environment, notes,
     block_medians_ms per reference, and `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes,
-    and speedup (reference time over candidate time), speedup_ci (95 %; below five undisturbed blocks the lowest and
-    highest seen, and nothing is decided), verdict, confirmed.
+    and speedup (reference time over candidate time), speedup_ci (95 %; None below five undisturbed blocks, which decide
+    nothing), speedup_range (the lowest and highest ratio of the blocks), verdict, confirmed.
 
     A difference below a tenth is claimed only when a second measurement in fresh processes, of the same budget, shows
     it too: another layout of memory alone can make a program a few percent slower. Then `confirmed` says whether it
@@ -84,6 +84,11 @@ def compare(
     """
     session = _Session(candidate, case, limits, budget_seconds, report or (lambda _: None), opener)
     return judged(session, references, seed)
+
+
+def headline(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the figures against one reference, those that a report repeats at the top of its speed."""
+    return {key: figures[key] for key in ("speedup", "speedup_ci", "speedup_range", "verdict")}
 
 
 class Session(Protocol):
@@ -163,9 +168,8 @@ def _close(figures: Mapping[str, Any]) -> bool:
 
 def _confirm(whole: dict[str, Any], name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     """Keep the claim of the first measurement only when the second one's interval lies on the same side of 1."""
-    low, high = second["speedup_ci"]
-    enough = second["blocks"] >= MIN_BLOCKS
-    seen = enough and (low > 1 if first["verdict"] == "faster" else high < 1)
+    low, high = second["speedup_ci"] or (0.0, math.inf)
+    seen = low > 1 if first["verdict"] == "faster" else high < 1
     figures = whole["against"][name]
     figures["confirmed"] = bool(seen)
     figures["verdict"] = figures["verdict"] if seen and figures["verdict"] == first["verdict"] else "undecided"
@@ -229,17 +233,18 @@ def _times(samples: Sequence[float]) -> dict[str, Any]:
 def _against(blocks: Sequence[Block], quiet: Sequence[Block], seed: int) -> dict[str, Any]:
     """The figures of one reference from its blocks; `quiet` are the undisturbed ones of all references.
 
-    Too few undisturbed blocks decide nothing: then all blocks are told, with the lowest and highest ratio seen.
+    Too few undisturbed blocks decide nothing: then all blocks are told, with no interval.
     """
     own = [b for b in blocks if b in quiet]
     found = speedup([b.log_ratio for b in own], seed=seed)
     told = own if found else blocks
-    seen = found or spread([b.log_ratio for b in told])
+    seen = spread([b.log_ratio for b in told])
     return {
         **_times([t for b in told for slot in b.reference_ms for t in slot]),
         "blocks": len(own),
-        "speedup": seen.value,
-        "speedup_ci": [seen.low, seen.high],
+        "speedup": found.value if found else seen.value,
+        "speedup_ci": [found.low, found.high] if found else None,
+        "speedup_range": [seen.low, seen.high],
         "verdict": found.verdict() if found else "undecided",
         "confirmed": None,
     }

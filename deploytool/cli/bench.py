@@ -9,6 +9,7 @@ import click
 
 from deploytool.cli import options
 from deploytool.errors import UsageProblem
+from deploytool.report.rows import speedup_text
 from deploytool.worker import Limits
 
 
@@ -57,6 +58,8 @@ def command(
 
 
 def _noise_line(noise: dict[str, Any]) -> str:
+    if noise["detectable"] is None:
+        return "  noise floor: not known, too few undisturbed blocks for an interval: allow more time"
     return f"  noise floor: differences below {noise['detectable']:.1%} cannot be seen in this time on this machine"
 
 
@@ -68,10 +71,7 @@ def _roofline_line(found: dict[str, Any]) -> str:
 def _lines(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['artifact']}: p50 {result['p50_ms']:.3f} ms over {result['runs']} runs"]
     for name, other in result["against"].items():
-        ratio = "no ratio"
-        if other["speedup"] is not None:
-            low, high = other["speedup_ci"]
-            ratio = f"{other['speedup']:.2f}x [{low:.2f}, {high:.2f}]"
+        ratio = "no ratio" if other["speedup"] is None else speedup_text(other)
         p50 = "-" if other["p50_ms"] is None else f"{other['p50_ms']:.3f} ms"
         lines.append(f"  against {name} (p50 {p50}): {ratio}, {other['verdict']}")
     return lines + [f"  note: {note}" for note in result["notes"]]

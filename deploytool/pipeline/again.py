@@ -16,7 +16,6 @@ from deploytool.artifact import GOLDEN, Artifact
 from deploytool.backends.base import find_backend
 from deploytool.backends.cut import CUTTERS
 from deploytool.bench.compare import compare
-from deploytool.bench.statistics import MIN_BLOCKS
 from deploytool.bundle.contents import artifact_folders, opened
 from deploytool.cases import Case, case_files, read_cases
 from deploytool.errors import BackendFailed, DeployError, InputRefused
@@ -302,7 +301,7 @@ def check_release(
         timed = compare(new, {"released": old}, case, limits=options.limits, budget_seconds=options.bench_seconds,
                         seed=options.seed)  # fmt: skip
         figures: dict[str, Any] = timed["against"]["released"]
-        return figures if figures["blocks"] >= MIN_BLOCKS else {**figures, "speedup_ci": None}
+        return figures
 
     def replayed(artifact: Artifact, cases: Sequence[Case]) -> Sequence[Outputs]:
         say(f"{artifact.target['name']}: replaying {len(cases)} golden cases")

@@ -6,15 +6,13 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from deploytool.report.rows import speedup_text
 from deploytool.target import Target
 
 
 def against_plain(target: Target, plain: Mapping[str, Any]) -> str:
     """How the artifact's speed is to that of its plain one, in a sentence; `plain` is its entry of "against"."""
-    ratio = ""
-    if plain["speedup"] is not None:
-        low, high = plain["speedup_ci"]
-        ratio = f" ({plain['speedup']:.2f}x, interval {low:.2f} to {high:.2f})"
+    ratio = "" if plain["speedup"] is None else f" ({speedup_text(plain)})"
     word = {"slower": "slower than", "same": "as fast as"}.get(plain["verdict"], "not shown to be faster than")
     return f"{target.name} is {word} the plain {target.plain}{ratio}"
 

@@ -18,7 +18,7 @@ from deploytool import worker
 from deploytool.artifact import MANIFEST, REPORT, Artifact
 from deploytool.backends import saturation
 from deploytool.backends.base import Probe, find_backend, load_checked_target
-from deploytool.bench.compare import compare
+from deploytool.bench.compare import compare, headline
 from deploytool.bench.decoding import measure_decoding, told
 from deploytool.bench.environment import environment
 from deploytool.bundle.contents import FAILED
@@ -368,8 +368,7 @@ def _speed(
                     budget_seconds=options.bench_seconds, seed=options.seed)  # fmt: skip
     eager = timed["against"]["eager"]
     memory = {"peak_rss_bytes": timed.pop("peak_rss_bytes")}
-    speed = {**timed, "reference_p50_ms": eager["p50_ms"], "speedup": eager["speedup"],
-             "speedup_ci": eager["speedup_ci"], "verdict": eager["verdict"]}  # fmt: skip
+    speed = {**timed, "reference_p50_ms": eager["p50_ms"], **headline(eager)}
     for name, other in others.items():
         timed["against"][name]["size_bytes"] = other.size_bytes
     findings = []

@@ -89,7 +89,7 @@ def _export_row(target: Mapping[str, Any]) -> tuple[str, ...]:
         _extreme(max, outputs, "max_abs", "{:.2e}"),
         ", ".join(_metrics(target)) or _NONE,
         _scaled(speed.get("p50_ms"), 1, "{:.3f}"),
-        _speedup(speed),
+        speedup_text(speed),
         _scaled((target.get("memory") or {}).get("peak_rss_bytes"), 1e6, "{:.0f}"),
         str(speed.get("verdict") or _NONE),
     )
@@ -130,11 +130,15 @@ def _scaled(value: float | None, unit: float, form: str) -> str:
     return _NONE if value is None else form.format(value / unit)
 
 
-def _speedup(speed: Mapping[str, Any]) -> str:
+def speedup_text(speed: Mapping[str, Any]) -> str:
+    """The ratio with its 95 % interval in brackets; without one, in words, the lowest and highest of the blocks."""
     if speed.get("speedup") is None:
         return _NONE
-    interval = speed.get("speedup_ci")
-    return f"{speed['speedup']:.2f}x" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    ratio = f"{speed['speedup']:.2f}x"
+    if interval := speed.get("speedup_ci"):
+        return f"{ratio} [{interval[0]:.2f}, {interval[1]:.2f}]"
+    seen = speed.get("speedup_range")
+    return ratio + (f", blocks {seen[0]:.2f} to {seen[1]:.2f}" if seen else "")
 
 
 def _number(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from deploytool.artifact import MANIFEST, REPORT, Artifact
 from deploytool.backends.base import find_backend, load_checked_target
-from deploytool.bench.compare import compare
+from deploytool.bench.compare import compare, headline
 from deploytool.bench.energy import Meter
 from deploytool.bench.environment import environment
 from deploytool.bench.sizes import resized_case
@@ -158,7 +158,7 @@ def _report(
                         budget_seconds=options.bench_seconds, seed=options.seed)  # fmt: skip
         eager = speed["against"]["eager"]
         memory = {"peak_rss_bytes": speed.pop("peak_rss_bytes")}
-        speed |= {"reference_p50_ms": eager["p50_ms"]} | {k: eager[k] for k in ("speedup", "speedup_ci", "verdict")}
+        speed |= {"reference_p50_ms": eager["p50_ms"], **headline(eager)}
     write_json(artifact.folder / REPORT, {
         "schema_version": SCHEMA_VERSION, "model": result["model"], "environment": result["environment"],
         "target": artifact.target["name"], "status": "ok", "reason": None, "artifact": ".",

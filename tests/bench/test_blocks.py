@@ -10,6 +10,7 @@ import pytest
 
 from deploytool.bench.blocks import Block, measure, undisturbed
 from deploytool.bench.compare import summarize
+from deploytool.bench.noise import noise_floor
 from deploytool.errors import InputRefused
 
 COSTS = {"load_s": 0.5, "cold_start_ms": 600.0, "peak_rss_bytes": 1000}
@@ -155,6 +156,23 @@ def test_reference_with_disturbed_blocks_only() -> None:
     assert against["r"]["verdict"] == "faster"
     assert against["s"]["verdict"] == "undecided"
     assert (against["s"]["p50_ms"], against["s"]["speedup"]) == (30.0, pytest.approx(3.0))
+    assert against["s"]["speedup_ci"] is None and against["s"]["speedup_range"] == pytest.approx([3.0, 3.0])
+
+
+def test_four_blocks_have_a_range_and_no_interval() -> None:
+    """With too few blocks for it, the lowest and highest ratio must not pass for a 95 % interval."""
+    blocks = [Block("r", "ABBA", ((10.0,), (10.0,)), ((t,), (t,)), (1.0, 1.0)) for t in (18.0, 19.0, 21.0, 24.0, 20.0)]
+    few, enough = (summarize(b, {"": COSTS, "r": COSTS}, seed=0)["against"]["r"] for b in (blocks[:4], blocks))
+    assert few["speedup_ci"] is None and few["speedup_range"] == pytest.approx([1.8, 2.4])
+    assert few["speedup"] == pytest.approx((1.9 * 2.1) ** 0.5) and few["verdict"] == "undecided"
+    assert enough["speedup_range"] == pytest.approx([1.8, 2.4]) and enough["speedup_ci"] != enough["speedup_range"]
+
+
+def test_noise_of_too_few_blocks_is_unknown() -> None:
+    """The smallest difference that can be seen follows from an interval: without one it is not told."""
+    block = Block("itself", "ABBA", ((10.0,), (10.0,)), ((11.0,), (11.0,)), (1.0, 1.0))
+    few, enough = (noise_floor(summarize([block] * n, {"": COSTS, "itself": COSTS}, seed=0)) for n in (3, 5))
+    assert few["detectable"] is None and few["run_noise"] == 0.0 and enough["detectable"] == pytest.approx(0.0)
 
 
 def test_too_short_a_budget_is_said() -> None:
@@ -165,7 +183,7 @@ def test_too_short_a_budget_is_said() -> None:
     result = summarize(blocks, {"": COSTS, "r": COSTS}, seed=0)
     against = result["against"]["r"]
     assert (against["blocks"], against["verdict"]) == (1, "undecided")
-    assert against["speedup_ci"] == [against["speedup"], against["speedup"]]
+    assert against["speedup_ci"] is None and against["speedup_range"] == [against["speedup"], against["speedup"]]
     assert any("a verdict needs 5" in note for note in result["notes"])
     assert any("p99 is an estimate: 662 runs" in note for note in result["notes"])
 

@@ -22,7 +22,8 @@ Exported = Callable[..., dict[str, Any]]
 
 def figures(verdict: str, size: int = 100) -> dict[str, Any]:
     """One reference's entry of "against"."""
-    return {"p50_ms": 1.0, "speedup": 1.0, "speedup_ci": [0.9, 1.1], "verdict": verdict, "size_bytes": size}
+    return {"p50_ms": 1.0, "speedup": 1.0, "speedup_ci": [0.9, 1.1], "speedup_range": [0.8, 1.2], "verdict": verdict,
+            "size_bytes": size}  # fmt: skip
 
 
 @pytest.mark.parametrize(

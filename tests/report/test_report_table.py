@@ -52,6 +52,14 @@ def test_missing_figures_are_dashes() -> None:
                          "ort-int8: ort-int8 is slower than the plain ort"]  # fmt: skip
 
 
+def test_a_range_of_blocks_is_no_interval() -> None:
+    """Where too few blocks were timed for an interval, the table must say that it shows the range of the blocks."""
+    report = copy.deepcopy(REPORT)
+    report["targets"][0]["speed"] |= {"speedup_ci": None, "speedup_range": [1.55, 1.7], "verdict": "undecided"}
+    for text in (export_table(report), export_markdown(report)):
+        assert "1.62x, blocks 1.55 to 1.70" in text and "[1.55" not in text
+
+
 def test_an_undecided_speed_says_why() -> None:
     """The notes of the timing must stand below the table where they left the verdict open, and only there."""
     report = copy.deepcopy(REPORT)
