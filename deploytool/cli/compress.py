@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from deploytool.cli import options
 from deploytool.errors import UsageProblem
+from deploytool.report.plan import plan_table
 from deploytool.worker import Limits
 
 
@@ -54,7 +54,7 @@ def command(
         raise UsageProblem("DT201", "-o must name the folder to write (got none)")
     refuse_existing(output, overwrite, COMPRESSED)
     plan = {"model": asdict(ref), "recipe": str(path), "steps": steps.plan(), "output": str(output), "seed": seed}
-    say(f"plan: {json.dumps(plan)}")
+    say(plan_table(plan))
     if dry_run:
         if as_json:
             options.print_json({"schema_version": "1.0", "plan": plan})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from deploytool.cli import options
 from deploytool.errors import CheckFailed, EnvironmentLacking, from_json
 from deploytool.pipeline.ahead import Ahead
+from deploytool.report.plan import plan_table
 from deploytool.worker import Limits
 
 
@@ -56,7 +56,7 @@ def command(
                       quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits,
                       samples=samples, keep_best=keep_best)  # fmt: skip
         plan = make_plan(name, chosen, how)
-        say(f"plan: {json.dumps(plan.to_json(how))}")
+        say(plan_table(plan.to_json(how)))
         if dry_run:
             if as_json:
                 options.print_json({"schema_version": "1.0", "plan": plan.to_json(how)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from deploytool.cli import options
+from deploytool.report.plan import plan_table
 from deploytool.worker import Limits
 
 
@@ -81,7 +81,7 @@ def command(
     out = output or Path("deploytool-tune") / Path(name).stem
     plan = make_plan(name, chosen, recipes, sizes, out, limits)
     question = Question(objective, max_drop, budget, bucket_names(plan.sizes), exhaustive, seed)
-    say(f"plan: {json.dumps(plan.to_json(question, out))}")
+    say(plan_table(plan.to_json(question, out)))
     if dry_run:
         if as_json:
             options.print_json({"schema_version": "1.0", "plan": plan.to_json(question, out)})
