@@ -15,6 +15,7 @@ DATA = "model.onnx.data"
 EMBED_LIMIT_BYTES = 100_000_000  # a protobuf file ends at 2 GB and is read into memory whole; large weights are mapped
 _PAGE_BYTES = 4096
 _INLINE_BYTES = 1024
+_WRITERS, _HELD_BYTES = 2, 64_000_000  # one transposes a weight while the other writes; what both hold at most
 
 # Field numbers of onnx.proto, of wire type 2 (length, then bytes), as tags: number * 8 + 2.
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 0x3A, 0x2A, 0x4A
@@ -28,7 +29,8 @@ def save(model: ir.Model, folder: Path) -> None:
     weights = {n: v.const_value for n, v in model.graph.initializers.items() if v.const_value is not None}
     if sum(tensor.nbytes for tensor in weights.values()) >= EMBED_LIMIT_BYTES:
         ir.save(model, folder / ENTRY, external_data=DATA, size_threshold_bytes=_INLINE_BYTES,
-                alignment=_PAGE_BYTES, align_threshold=_PAGE_BYTES)  # fmt: skip
+                alignment=_PAGE_BYTES, align_threshold=_PAGE_BYTES, max_workers=_WRITERS,
+                max_in_flight_bytes=_HELD_BYTES)  # fmt: skip
         return
     large = {n: t for n, t in weights.items() if isinstance(t, (ir.Tensor, ir.LazyTensor)) and t.nbytes > _INLINE_BYTES
              and t.dtype != ir.DataType.STRING}  # fmt: skip

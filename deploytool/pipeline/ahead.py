@@ -15,6 +15,7 @@ from deploytool import worker
 
 _IMPORTED = "deploytool.verify.parity"  # with NumPy, and no engine's library
 _LOWERING = "deploytool.lower.prepare"
+_ENGINE = "deploytool.backends.ort_graph"  # with ONNX Runtime, which checks every graph, and onnx_ir, which writes most
 
 
 class Ahead:
@@ -44,9 +45,11 @@ class Ahead:
         with engine:
             return engine.call(function, **arguments)
 
-    def start(self) -> None:
-        """Start the process that waits, unless there is one; it takes 40 MB from here on."""
+    def start(self, *, engine: bool = False) -> None:
+        """Start the process that waits, unless there is one; it takes 40 MB from here on, with its `engine` 110 MB."""
         self._waiting = self._waiting or self._new("waiting")
+        if engine:
+            self._waiting.expect(_ENGINE)
 
     def _new(self, name: str) -> worker.Worker:
         made = worker.untimed(name, self._limits)

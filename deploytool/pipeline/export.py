@@ -38,6 +38,7 @@ from deploytool.verify.judge import judge_parity, judge_quality
 
 SCHEMA_VERSION = "1.0"
 ALL = "all"
+_LARGE_BYTES = 300_000_000  # of weights: beside these, a process that only waits is small
 # What a result holds where there is nothing to tell: every result has every key.
 _NOTHING: dict[str, Any] = {
     "target": None, "status": None, "reason": None, "artifact": None, "artifact_digest": None, "size_bytes": None,
@@ -140,6 +141,8 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
     with _output(options.out), tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
         if plan.targets:
             say(f"preparing {plan.model.name}")
+            if plan.needs.cache > _LARGE_BYTES:
+                ahead.start(engine=True)
             prepared, targets, failed = _prepare(plan, options, ahead, say)
             results += failed
             graph = prepared.folder / "onnx"
@@ -247,7 +250,8 @@ def _lowered(ref: ModelRef, exporter: str, options: Options, ahead: Ahead) -> tu
     graph = Artifact.load(prepared.folder / "onnx", check=False)
     try:
         with ExitStack() as stack:
-            figures, _ = parity_of(prepared, graph, lambda: stack.enter_context(ahead.lend(f"checking {ref.name}")))
+            figures, _ = parity_of(prepared, graph, lambda: stack.enter_context(ahead.lend(f"checking {ref.name}")),
+                                   ships=not decodes(graph.signature))  # fmt: skip
     except BackendFailed as error:
         if error.code != "DT504":
             raise

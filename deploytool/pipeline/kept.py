@@ -16,17 +16,22 @@ from deploytool.storage import new_folder, read_json, write_json
 from deploytool.worker import Worker
 
 
-def parity_of(prepared: Prepared, artifact: Artifact, engine: Callable[[], Worker]) -> tuple[dict[str, Any], Path]:
+def parity_of(
+    prepared: Prepared, artifact: Artifact, engine: Callable[[], Worker], *, ships: bool = True
+) -> tuple[dict[str, Any], Path]:
     """An artifact's figures on the prepared cases, and the folder of golden cases that goes with them.
 
     They are computed in `engine()` unless they were before for the same files, settings, libraries and processor. The
-    cases are part of the prepared model, which is made anew when anything that they follow from changes.
+    cases are part of the prepared model, which is made anew when anything that they follow from changes. A graph that
+    never `ships` is shown right on all but the largest case, and has no golden ones: every target that is made of it
+    is judged on all of them.
     """
-    kept = prepared.folder / "verified" / _identity(prepared, artifact)
+    kept = prepared.folder / "verified" / (_identity(prepared, artifact) + ("" if ships else "-graph"))
     if not (kept / "parity.json").is_file():
         with new_folder(kept, overwrite=True) as folder:
-            figures = engine().call("deploytool.verify.parity:parity_job", artifact=str(artifact.folder),
-                                    cases=str(prepared.folder / "cases"), golden=str(folder / GOLDEN))  # fmt: skip
+            golden = str(folder / GOLDEN) if ships else None
+            figures = engine().call("deploytool.verify.parity:parity_job", artifact=str(artifact.folder), golden=golden,
+                                    cases=str(prepared.folder / "cases"), largest=ships)  # fmt: skip
             write_json(folder / "parity.json", figures)
     found: dict[str, Any] = read_json(kept / "parity.json")
     return found, kept / GOLDEN

@@ -15,20 +15,25 @@ from deploytool.errors import InputRefused
 from deploytool.verify.sizes import Seen
 
 GOLDEN_CASES = 3
+_ENOUGH_CASES = 3
 _GOLDEN_BYTES = 64_000_000
 
 
-def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str, Any]:
+def parity_job(artifact: str, cases: str, golden: str | None = None, largest: bool = True) -> dict[str, Any]:
     """Run every case of the folder `cases` on an artifact and compare (in a worker).
 
-    With `golden`, the timed case and the smallest others are written there with the artifact's own outputs. Returns
-    {"cases": n, "sizes": {free dimension: sizes}, "padded": cases with padding, "outputs": {name: figures}}; see
-    Seen and Difference for the figures. With `golden` also "ran", of the timed case; see Asked.ran.
+    Without `largest` the case with the most bytes is left out, where three others stay. With `golden`, the timed case
+    and the smallest others are written there with the artifact's own outputs. Returns {"cases": n, "sizes": {free
+    dimension: sizes}, "padded": cases with padding, "outputs": {name: figures}}; see Seen and Difference for the
+    figures. With `golden` also "ran", of the timed case; see Asked.ran.
     """
     opened = Artifact.load(Path(artifact), check=False)
     files = case_files(Path(cases))
     if not files:
         raise InputRefused("DT303", f"{cases} must hold at least one case to compare (got none)")
+    chosen = list(enumerate(files))
+    if not largest and len(files) > _ENOUGH_CASES:
+        chosen.remove(max(chosen, key=lambda case: case[1].stat().st_size))
     kept = _golden(files) if golden else set()
     batched = {s.name: bool(s.shape) and s.shape[0] == "batch" for s in opened.signature.outputs}
     expected = Case.load(files[0]).reference  # an output that the artifact does not have is one that is missing
@@ -36,7 +41,7 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
     differences = {name: Difference(name, batched.get(name, False)) for name in names}
     seen = Seen(opened.signature)
     with Asked(opened) if golden else open_artifact(opened) as runner:
-        for index, path in enumerate(files):
+        for index, path in chosen:
             case = Case.load(path)
             outputs = runner.run(case.inputs)
             seen.add(case)
@@ -44,7 +49,8 @@ def parity_job(artifact: str, cases: str, golden: str | None = None) -> dict[str
                 difference.add(index, case.reference.get(name), outputs.get(name))
             if golden and path in kept:
                 Case(case.inputs, case.reference, outputs).save(Path(golden) / path.name)
-    figures = {"cases": len(files), **seen.summary(), "outputs": {name: d.summary() for name, d in differences.items()}}
+    found = {name: difference.summary() for name, difference in differences.items()}
+    figures = {"cases": len(chosen), **seen.summary(), "outputs": found}
     return {**figures, "ran": runner.ran(Case.load(files[0]).inputs)} if isinstance(runner, Asked) else figures
 
 

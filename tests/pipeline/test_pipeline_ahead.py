@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from deploytool.errors import BackendFailed
 from deploytool.pipeline.ahead import Ahead
-from deploytool.worker import NO_LIMITS
+from deploytool.worker import NO_LIMITS, Worker
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,18 @@ def test_one_process_is_handed_on() -> None:
             assert engine.call("os:getpid") == first and engine.name == "building"
         with ahead.take("another") as engine:
             assert engine.call("os:getpid") != first
+
+
+def test_it_may_wait_with_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is asked for, the process imports what the check needs before its first call."""
+    expected: list[str] = []
+    monkeypatch.setattr(Worker, "expect", lambda self, module: expected.append(module))
+    with Ahead(NO_LIMITS) as ahead:
+        ahead.start()
+        known = list(expected)
+        ahead.start(engine=True)
+    added = expected[len(known) :]
+    assert len(added) == 1 and hasattr(importlib.import_module(added[0]), "write_plain")
 
 
 def test_a_process_that_failed_is_not_handed_on() -> None:

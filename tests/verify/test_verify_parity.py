@@ -217,6 +217,21 @@ def test_each_limit_can_fail(artifact: Path, cases: Path, monkeypatch: pytest.Mo
     assert judge_parity(found, Limits(cosine_min=-1)) != []
 
 
+def test_the_largest_case_is_left_out_only_where_asked(
+    artifact: Path, cases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that does not ship is shown right without its largest case; three cases must stay."""
+    monkeypatch.setattr(parity, "open_artifact", lambda opened: Planted(lambda outputs: None))
+    inputs = {"x": np.random.default_rng(1).standard_normal((BATCH + 2, TIME, CLASSES)).astype(np.float32)}
+    wrong = {name: array + 1 for name, array in honest(inputs).items()}
+    Case(inputs, reference=wrong).save(cases / "000b.npz")
+    assert judge_parity(parity_job(str(artifact), str(cases)), Limits(cosine_min=0.999)) != []
+    fewer = parity_job(str(artifact), str(cases), largest=False)
+    assert fewer["cases"] == 3 and judge_parity(fewer, Limits(cosine_min=0.999)) == []
+    (cases / "000.npz").unlink()
+    assert judge_parity(parity_job(str(artifact), str(cases), largest=False), Limits(cosine_min=0.999)) != []
+
+
 def test_golden_cases_hold_the_artifacts_own_outputs(
     artifact: Path, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
