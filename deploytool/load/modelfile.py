@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from deploytool.source import ModelRef, Source
 
 HOOKS = ("build", "samples", "INPUTS", "evaluate", "LOWER_IS_BETTER", "calibration", "train_batches", "loss", "prompts",
          "FILES", "assets")  # fmt: skip
+_NOTHING = object()
 _KINDS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("evaluate", "calibration", "train_batches", "loss", "prompts", "assets"), Callable, "a function"),
     (("LOWER_IS_BETTER", "FILES"), (list, tuple, set, frozenset), "a list or tuple"),
@@ -56,8 +57,19 @@ class ModelFile:
 
     def samples(self) -> list[dict[str, Tensor]]:
         """All samples as tensors; a generator is run to its end."""
-        found = self._guarded("samples", lambda: list(self.code.__dict__["samples"]()))
+        found = self._guarded("samples", self._drawn)
         return [_sample(self.ref, index, s) for index, s in enumerate(found)]
+
+    def _drawn(self) -> list[Any]:
+        """What samples() gives; raises InputRefused for an iterator that a later call finds used up."""
+        give = self.code.__dict__["samples"]
+        given = give()
+        found = list(given)
+        if isinstance(given, Iterator) and (not found or next(iter(give()), _NOTHING) is _NOTHING):
+            raise InputRefused("DT303", "samples() must give all samples anew at every call (got an iterator that is "
+                               f"used up, {len(found)} samples at the first call and none after that)",
+                               fix="return a list, or make the iterator inside of samples()")  # fmt: skip
+        return found
 
 
 def read_model_file(ref: ModelRef) -> ModelFile:

@@ -133,6 +133,7 @@ def samples(): return [{{"x": torch.ones(2)}}]
 
 SAMPLES = 'def samples(): return [{"input": torch.ones(1, 3)}]\n'
 BUILD = "def build(): return nn.Linear(3, 2)\n"
+HELD = 'GIVEN = ({"input": torch.ones(1, 3)} for _ in range(1))\n'
 BAD = {
     "syntax": ("\ndef build(:\n", "DT302", "m.py:5"),
     "import": ("raise RuntimeError('no luck')\n", "DT302", "no luck"),
@@ -146,6 +147,9 @@ BAD = {
     "generator": (BUILD + "def samples():\n    yield {'input': torch.ones(1, 3)}\n    1 / 0\n", "DT302", "m.py:7"),
     "samples give": (BUILD + "def samples(): return None\n", "DT302", "samples() of 'm' must run"),
     "no sample": (BUILD + "def samples(): return []\n", "DT303", "at least one sample"),
+    "one generator": (BUILD + HELD + "def samples(): return GIVEN\n", "DT303", "1 samples at the first call and none"),
+    "its items": (BUILD + HELD + "def samples(): yield from GIVEN\n", "DT303", "anew at every call"),
+    "used up": (BUILD + HELD + "list(GIVEN)\ndef samples(): return GIVEN\n", "DT303", "0 samples at the first call"),
     "a tuple": (BUILD + "def samples(): return [(torch.ones(1, 3),)]\n", "DT303", "sample 0 is a tuple"),
     "a text": (BUILD + "def samples(): return [{'input': 'text'}]\n", "DT303", "got str"),
     "names": (BUILD + "def samples(): return [{'inputs': torch.ones(1, 3)}]\n", "DT303", "did you mean 'input'?"),
