@@ -88,6 +88,9 @@ def _lines(report: dict[str, Any], output: Path) -> list[str]:
     lines = [_step_line(step) for step in report["steps"]]
     for name in ("parameters", "nonzeros", "size_bytes"):
         lines.append(f"{name:<12} {before[name]:>12} -> {after[name]:>12}  ({after[name] / max(before[name], 1):.3f}x)")
+    stored = report["stored_bytes"]
+    lines.append(f"{'stored':<12} {stored:>28}  ({stored / max(before['size_bytes'], 1):.3f}x of size_bytes before; "
+                 "zeros and equal bytes take little room in the file)")  # fmt: skip
     for name, value in before["metrics"].items():
         lines.append(f"{name:<12} {value:>12.6g} -> {after['metrics'][name]:>12.6g}")
     return [*lines, f"written: {output}"]

@@ -19,7 +19,7 @@ from deploytool.compress.recipe import Recipe, load_recipe
 from deploytool.compress.step import Context, Progress
 from deploytool.encoding import Encoding
 from deploytool.errors import CheckFailed, InputRefused, UsageProblem
-from deploytool.load.compressed import save_compressed
+from deploytool.load.compressed import WEIGHTS, save_compressed
 from deploytool.load.grid import lies_on
 from deploytool.load.model import open_source
 from deploytool.load.resolve import COMPRESSED
@@ -107,13 +107,14 @@ def compress_job(
     if first_process():
         save_compressed(compressed, original, report, Path(out), overwrite=overwrite)
     wait_for_all()
-    return {**report, "output": out}
+    return {**report, "stored_bytes": (Path(out) / WEIGHTS).stat().st_size, "output": out}
 
 
 def measure(source: Source, evaluate: bool = True) -> dict[str, Any]:
     """Distinct parameters, how many are not zero, bytes of the distinct tensors of the state, and the metrics.
 
-    A quantized weight counts as it is stored: its codes, scales and zero points.
+    A quantized weight counts with its codes, scales and zero points. Zeros count like other values: `stored_bytes` of
+    the report, the size of the file that is written, tells what they save on disk.
     """
     parameters = list(source.module.parameters())
     tensors = {(t.data_ptr() or id(t), t.shape): (name, t) for name, t in source.module.state_dict().items()}

@@ -90,7 +90,7 @@ class _Document(Table):
 
 
 def save_compressed(source: Source, original: Source, report: dict[str, Any], out: Path, *, overwrite: bool) -> None:
-    """Write the folder of a compressed source, whole or not at all."""
+    """Write the folder of a compressed source, whole or not at all; the report in it tells `stored_bytes` too."""
     state, ties = _untied(source.module.state_dict())
     encodings = _encode(state, source.encodings)
     stored, packed = pack_state(state, _PACKED)
@@ -109,7 +109,7 @@ def save_compressed(source: Source, original: Source, report: dict[str, Any], ou
             "packed": {name: _told(how) for name, how in packed.items()},
             "ties": ties,
             "signature": source.signature.to_json(),
-            "report": report,
+            "report": {**report, "stored_bytes": (folder / WEIGHTS).stat().st_size},
         })  # fmt: skip
 
 

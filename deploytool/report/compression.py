@@ -44,6 +44,9 @@ def _points(curve: Any) -> tuple[tuple[int, float], ...]:
 
 
 def _lines(report: Mapping[str, Any]) -> Iterator[str]:
+    if "stored_bytes" in report:
+        yield (f"stored in {report['stored_bytes'] / 1e6:.3f} MB: zeros and equal bytes take little room in the file, "
+               "and are counted in full above")  # fmt: skip
     for step in report["steps"]:
         reasons: dict[str, int] = {}
         for entry in step.get("skipped") or ():

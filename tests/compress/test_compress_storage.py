@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from deploytool.cli.main import run
 from deploytool.compress.run import compress_job
 from deploytool.errors import EnvironmentLacking, InputRefused
 from deploytool.load.compressed import WEIGHTS, state_sha256
 from deploytool.load.model import open_source
 from deploytool.load.resolve import resolve
+from deploytool.report.compression import compression_page
 
 HALF = '[[compress]]\nstep = "magnitude"\nsparsity = 0.5\n'
 LESS = '[[compress]]\nstep = "magnitude"\nsparsity = 0.01\n'
@@ -24,7 +26,8 @@ def _job(folder: Path, text: str, name: str, **options: bool) -> Path:
     recipe = folder / f"{name}.toml"
     recipe.write_text(text)
     ref = resolve("digits")
-    compress_job(dataclasses.asdict(ref), str(recipe), str(folder / name), evaluate=False, **options)
+    report = compress_job(dataclasses.asdict(ref), str(recipe), str(folder / name), evaluate=False, **options)
+    assert report["stored_bytes"] == (folder / name / WEIGHTS).stat().st_size
     return folder / name
 
 
@@ -40,6 +43,22 @@ def test_half_zeros_make_a_small_file_that_opens_to_the_same_bits(tmp_path: Path
     pruned = source.module.get_parameter("blocks.0.up.weight")
     assert int((pruned == 0).sum()) == pruned.numel() // 2
     assert torch.equal(source.masks["blocks.0.up.weight"], pruned != 0)
+
+
+def test_the_report_tells_dense_and_stored_bytes_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros show in the bytes of the file and not in those of the tensors: in the folder, the output and the table."""
+    monkeypatch.chdir(tmp_path)
+    Path("half.toml").write_text(HALF)
+    assert run(["compress", "digits", "--recipe", "./half.toml", "-o", "half", "--no-quality"]) == 0
+    report = json.loads(Path("half/compressed.json").read_text())["report"]
+    assert report["after"]["size_bytes"] == report["before"]["size_bytes"]
+    stored = Path("half", WEIGHTS).stat().st_size
+    assert report["stored_bytes"] == stored <= 0.65 * report["before"]["size_bytes"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stored ")]
+    assert line.split()[1] == str(stored)
+    assert any(f"stored in {stored / 1e6:.3f} MB" in line for line in compression_page(report).grid.lines)
 
 
 def test_a_description_that_does_not_fit_is_refused(tmp_path: Path) -> None:
