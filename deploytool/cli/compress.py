@@ -73,7 +73,9 @@ def command(
 def _explained(told: dict[str, Any]) -> list[str]:
     lines = []
     for step in told["explained"]:
-        lines.append(f"{step['step']}: {'tried on a copy' if step['tried'] else 'as its settings say'}")
+        ran = [f"step {number} ({told['explained'][number - 1]['step']})" for number in step["without"]]
+        lines.append(f"{step['step']}: {'tried on a copy' if step['tried'] else 'as its settings say'}"
+                     + (f", as if {' and '.join(ran)} had not run" if ran else ""))  # fmt: skip
         lines += [f"  {sentence}" for sentence in step["effect"]]
         for name in ("parameters", "nonzeros", "size_bytes") if step["after"] else ():
             before, after = step["before"][name], step["after"][name]

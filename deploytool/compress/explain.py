@@ -40,16 +40,20 @@ def explain_job(ref: Mapping[str, str], recipe_path: str, seed: int = 0) -> dict
 def explain(source: Source, recipe: Recipe, *, seed: int = 0) -> dict[str, Any]:
     """For every step: whether it was tried, the layers it would change, what it would skip, sizes, and sentences.
 
-    A step is told on what the steps before it leave, as far as these were tried.
+    A step is told on what the steps before it leave, as far as these were tried; "without" has the numbers of those
+    that were not, so that it is told as if they had not run.
     """
     context = Context(source, recipe.calibration, seed, lambda line: None)
-    told, current = [], source
+    told: list[dict[str, Any]] = []
+    current = source
     for settings in recipe.steps:
+        without = [number for number, row in enumerate(told, 1) if not row["tried"]]
         if settings.step in _RUN:
             after, row = _tried(current, settings, context)
         else:
             after, row = current, _forecast(current, settings, context)
-        told.append({"step": settings.step, "settings": settings.model_dump(mode="json"), **row})
+        told.append({"step": settings.step, "settings": settings.model_dump(mode="json"), **row,
+                     "without": without})  # fmt: skip
         current = after
     return {"schema_version": SCHEMA_VERSION, "model": source.ref.name, "recipe": recipe.where, "explained": told}
 

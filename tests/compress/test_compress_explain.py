@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deploytool.cli.compress import _explained
 from deploytool.cli.main import run
 from deploytool.compress.explain import explain
 from deploytool.compress.recipe import find_recipe, load_recipe, parse_recipe, recipe_names
@@ -46,6 +47,16 @@ def test_forecasts_follow_from_the_settings(tiny: Source) -> None:
     assert "8 optimizer steps over 4 batches" in said[2]
     assert "sets 50% of 960 weights in 2 layers" in said[3] and "grids of 4 bits: 3840 bytes" in said[4]
     assert "leaves 480 of 960 weights" in said[5]
+
+
+def test_steps_that_were_not_tried_are_named_where_they_are_missing(tiny: Source) -> None:
+    """What is told as if an earlier step had not run must say so; what follows steps that were tried says nothing."""
+    steps = [STEPS[0], {"step": "magnitude", "sparsity": 0.6}, STEPS[1], {"step": "rtn", "bits": 4, "group": 20}]
+    told = explain(tiny, parse_recipe({"compress": steps}, "", where="recipe"))
+    assert [row["without"] for row in told["explained"]] == [[], [], [], [3]]
+    assert told["explained"][1]["before"] == told["explained"][0]["after"]
+    heads = [line for line in _explained(told) if not line.startswith(" ")]
+    assert heads[2:] == ["svd: as its settings say", "rtn: as its settings say, as if step 3 (svd) had not run"]
 
 
 def test_training_is_counted_as_it_will_be(tiny: Source) -> None:
