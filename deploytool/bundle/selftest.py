@@ -197,11 +197,11 @@ def open_engine(variant: Json, path: str) -> Engine:
     # An engine that is not run lies beside the ONNX graph that it was made from.
     kind = "onnx" if path.endswith(".onnx") else variant["format"]
     if kind == "onnx":
-        return open_onnx(path, outputs, threads, str(variant["settings"].get("optimization", "all")))
+        return open_onnx(path, outputs, threads, onnx_settings(variant))
     if kind == "openvino":
         return open_openvino(path, inputs, outputs, threads)
     if kind in ("torchscript", "pt2"):
-        return open_torch(path, inputs, outputs, threads)
+        return open_torch(path, inputs, outputs, threads, bool(variant["settings"].get("optimize", False)))
     raise Lacking(f"this self-test can't run engines of format {kind!r}")
 
 
@@ -213,22 +213,47 @@ def runtime(name: str) -> Any:
         raise Lacking(f"{name} must be installed ({error})") from error
 
 
-def open_onnx(path: str, outputs: list[str], threads: int, optimization: str) -> Engine:
+def onnx_settings(variant: Json) -> Json:
+    """How the graph is to be opened; what stands for a TensorRT engine computes in floats what lies between grids."""
+    if variant["backend"] == "tensorrt":
+        return {"fuse_qdq": variant["precision"] != "int8"}
+    return dict(variant["settings"])
+
+
+def open_onnx(path: str, outputs: list[str], threads: int, settings: Json) -> Engine:
+    """A session with the settings that the release was verified with."""
     ort = runtime("onnxruntime")
     options = ort.SessionOptions()
+    for entry, on in (("intra_op.allow_spinning", settings.get("spinning", True)),
+                      ("set_denormal_as_zero", settings.get("flush", False)),
+                      ("disable_prepacking", not settings.get("packing", True)),
+                      ("disable_quant_qdq", not settings.get("fuse_qdq", True)),
+                      ("x64quantprecision", True)):  # fmt: skip
+        options.add_session_config_entry(f"session.{entry}", str(int(on)))
+    options.enable_cpu_mem_arena = bool(settings.get("arena", True))
     options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     options.log_severity_level = 3
     levels = {"disabled": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED"}
-    level = levels.get(optimization, "ORT_ENABLE_ALL")
+    level = levels.get(str(settings.get("optimization", "all")), "ORT_ENABLE_ALL")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda feeds: dict(zip(outputs, session.run(outputs, feeds), strict=True))
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"],
+                                   disabled_optimizers=list(settings.get("without", ())))  # fmt: skip
+
+    def run(feeds: Arrays) -> Arrays:
+        tokens = feeds.get("input_ids")
+        if settings.get("rows") == "single" and tokens is not None and len(tokens) > 1 and tokens.shape[1] > 1:
+            rows = [session.run(outputs, {n: a[i : i + 1] for n, a in feeds.items()}) for i in range(len(tokens))]
+            return {name: np.concatenate(parts) for name, parts in zip(outputs, zip(*rows, strict=True), strict=True)}
+        return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+
+    return run
 
 
 def open_openvino(path: str, inputs: list[str], outputs: list[str], threads: int) -> Engine:
     ov = runtime("openvino")
     # Processors with bf16 units would compute in bf16 unless told otherwise.
-    settings: dict[str, object] = {"INFERENCE_PRECISION_HINT": "f32"}
+    settings: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = ov.Core().compile_model(path, "CPU", settings)
@@ -243,7 +268,7 @@ def open_openvino(path: str, inputs: list[str], outputs: list[str], threads: int
     return run
 
 
-def open_torch(path: str, inputs: list[str], outputs: list[str], threads: int) -> Engine:
+def open_torch(path: str, inputs: list[str], outputs: list[str], threads: int, optimize: bool) -> Engine:
     """A script, or a package of AOTInductor's."""
     torch = runtime("torch")
     if threads:
@@ -254,6 +279,7 @@ def open_torch(path: str, inputs: list[str], outputs: list[str], threads: int) -
             script = runtime("torch._inductor").aoti_load_package(path)
         else:
             script = torch.jit.load(path, map_location="cpu")
+            script = torch.jit.optimize_for_inference(script) if optimize else script
 
     def run(feeds: Arrays) -> Arrays:
         with torch.inference_mode():

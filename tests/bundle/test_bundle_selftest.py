@@ -19,8 +19,11 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import onnxruntime
 from tiny_artifact import WEIGHT, make, redo_all, save_cases, write_report
 
+from deploytool.artifact import Artifact
+from deploytool.backends.onnxruntime import BACKEND
 from deploytool.bundle.pack import TEMPLATE, pack
 from deploytool.bundle.trial import selftest
 from deploytool.cases import Case
@@ -259,6 +262,68 @@ def test_equal_infinities_are_equal_and_zeros_too(template: ModuleType) -> None:
     other[1, 0] = 1.0
     assert template.compare(other, masked, True, tolerance)[1]
     assert template.compare(masked, other, True, tolerance)[1]
+
+
+OTHERWISE: dict[str, Any] = {"optimization": "basic", "without": ["MatMulAddFusion"], "arena": False, "flush": True,
+                             "packing": False, "spinning": False, "fuse_qdq": False}  # fmt: skip
+
+
+def variant_of(artifact: Artifact, **changes: Any) -> dict[str, Any]:
+    return {"backend": artifact.backend, "format": artifact.format, "precision": artifact.precision,
+            "settings": dict(artifact.settings), "signature": artifact.signature.to_json(), **changes}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, OTHERWISE])
+def test_a_session_is_opened_as_the_runner_opens_it(
+    settings: dict[str, Any], template: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every setting of the session that the release was verified with must reach the session of the self-test."""
+    seen: list[dict[str, Any]] = []
+    real = onnxruntime.InferenceSession
+
+    def opened(path: str, options: Any, **given: Any) -> Any:
+        names = ("intra_op.allow_spinning", "set_denormal_as_zero", "disable_prepacking", "disable_quant_qdq",
+                 "x64quantprecision")  # fmt: skip
+        entries = [f"session.{name}" for name in names]
+        plain = ("enable_cpu_mem_arena", "intra_op_num_threads", "inter_op_num_threads", "graph_optimization_level")
+        seen.append({**{e: options.get_session_config_entry(e) for e in entries}, **given,
+                     **{name: getattr(options, name) for name in plain}})  # fmt: skip
+        return real(path, options, **given)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    artifact = make(tmp_path / "a", settings={"threads": 1, **settings})
+    with BACKEND.open(artifact):
+        template.open_engine(variant_of(artifact), str(artifact.main_file))
+    assert seen[0] == seen[1] and len(seen) == 2
+    assert (seen[1]["disabled_optimizers"] == ["MatMulAddFusion"]) is bool(settings)
+
+
+def test_the_graph_of_an_int8_tensorrt_engine_computes_as_written(template: ModuleType, tmp_path: Path) -> None:
+    """Its cases were recorded with nothing fused between grids, whatever the settings of the engine say."""
+    artifact = make(tmp_path / "a")
+    for precision, fused in (("int8", False), ("fp16", True)):
+        variant = variant_of(artifact, backend="tensorrt", precision=precision)
+        assert template.onnx_settings(variant) == {"fuse_qdq": fused}
+
+
+def test_a_graph_that_takes_single_rows_gets_single_rows(
+    template: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that computes several rows or several tokens must be given the rows of a case one by one."""
+    calls: list[tuple[int, ...]] = []
+
+    class Session:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def run(self, _: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            calls.append(feeds["input_ids"].shape)
+            return [feeds["input_ids"] * 2.0]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    for rows, shapes in (("single", [(1, 3), (1, 3)]), ("any", [(2, 3)])):
+        calls.clear()
+        out = template.open_onnx("x.onnx", ["y"], 1, {"rows": rows})({"input_ids": np.arange(6).reshape(2, 3)})
+        assert calls == shapes and np.array_equal(out["y"], np.arange(6).reshape(2, 3) * 2.0)
 
 
 def test_torchscript_variant_passes(tmp_path: Path) -> None:
