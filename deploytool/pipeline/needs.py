@@ -25,7 +25,7 @@ from deploytool.worker import Limits, cache_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".data")
 _LIBRARIES_BYTES = 120_000_000  # the smallest process that opens an engine or a module: Python, NumPy and one runtime
-_BYTES_OF_FOUR = {"int8": 1, "fp16": 2}  # of the four bytes of an fp32 weight; everything else may keep all of them
+_BITS = {"int4": 4, "int8": 8, "fp16": 16}  # of the 32 of an fp32 weight; everything else may keep all of them
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -65,7 +65,7 @@ def weights_of(ref: ModelRef) -> int:
 
 def needs(weights: int, targets: Sequence[Target], graph: bool) -> Needs:
     """What exporting a model with so many bytes of weights to these targets takes at least."""
-    engines = sum(weights * _BYTES_OF_FOUR.get(t.precision, 4) // 4 for t in targets if t.backend != "eager")
+    engines = sum(weights * _BITS.get(t.precision, 32) // 32 for t in targets if t.backend != "eager")
     return Needs(_LIBRARIES_BYTES + 2 * weights, weights if graph else 0, engines)
 
 
