@@ -29,6 +29,7 @@ _WRITTEN: Mapping[int, str]
 _WRITTEN = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16",
             TensorProto.DOUBLE: "fp64", TensorProto.INT8: "int8", TensorProto.UINT8: "int8"}  # fmt: skip
 _STANDARD = {schema.name for schema in onnx.defs.get_all_schemas()}
+_MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _LAYOUT = ("ReorderInput", "ReorderOutput")
 
 Typed = tuple[str, list[int]]  # type and shape
@@ -47,9 +48,10 @@ def read_asked(runner: SessionRunner, artifact: Artifact, feeds: Feeds) -> tuple
 def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
     """The nodes of a graph as it stands, nothing fused: for engines that were built from it and cannot be asked.
 
-    Precisions are those that the graph writes down: ONNX Runtime puts casts around what its CPU has no kernel for.
+    Precisions are those that the graph writes down: ONNX Runtime puts casts around what its CPU has no kernel for. A
+    product of two tensors that DequantizeLinear gives is written as one of whole numbers, as engines that take Q/DQ
+    graphs read it: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
     """
-
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
         session = open_session(artifact.main_file, threads_of(artifact), "disabled", profile=f"{folder}/ran")
         with SessionRunner(session, artifact.signature) as runner:
@@ -59,14 +61,28 @@ def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
     known = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in known}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    return [replace(ran[node.name], precision=_written(node, types, ran[node.name]))
+    makers = {name: node for node in model.graph.node for name in node.output}
+    return [replace(ran[node.name], precision=_written(node, types, makers, ran[node.name]))
             for node in model.graph.node if node.name in ran]  # fmt: skip
 
 
-def _written(node: onnx.NodeProto, types: Mapping[str, int], ran: Node) -> str:
-    """The precision of a node's result; of a product, that of its first operand."""
+def _written(
+    node: onnx.NodeProto, types: Mapping[str, int], makers: Mapping[str, onnx.NodeProto], ran: Node
+) -> str:  # fmt: skip
+    """The precision of a node's result; of a product, that of its first operand, or of the codes of its first two."""
+    if ran.flops != 0 and len(node.input) > 1:
+        codes = {_WRITTEN.get(types.get(_codes(name, makers), 0), "other") for name in node.input[:2]}
+        if codes == {"int8"}:
+            return "int8"
     name = node.input[0] if ran.flops != 0 and node.input else node.output[0]
     return _WRITTEN.get(types.get(name, 0), "other")
+
+
+def _codes(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor that DequantizeLinear made a value from, through what only lays it out anew; "" for other values."""
+    while (maker := makers.get(name)) is not None and maker.op_type in _MOVES:
+        name = maker.input[0]
+    return maker.input[0] if maker is not None and maker.op_type == "DequantizeLinear" else ""
 
 
 def _written_down(runner: SessionRunner) -> dict[str, Node]:

@@ -167,7 +167,21 @@ def test_tensorrt_builds_from_symmetric_grids(lowered: Lowered, tmp_path: Path, 
              if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and not len(t.dims)]  # fmt: skip
     assert zeros and all(t.data_type == onnx.TensorProto.INT8 and not onnx.numpy_helper.to_array(t) for t in zeros)
     if not artifact.executes:
-        assert _worst(artifact, made[0])[1] < 0.01
+        _, worst, ran = _worst(artifact, made[0])
+        assert worst < 0.01
+        assert ran is not None and ran["compute_by_precision"] == {"int8": 1.0}
+        assert "as they are written" in ran["source"]
+
+
+def test_products_of_tensorrt_that_are_on_no_grid_are_fp32(lowered: Lowered, tmp_path: Path) -> None:
+    """What ran must tell the layer that was left alone from those between grids."""
+    made = lowered("mlp", 8, True, exclude="4")
+    artifact = build_artifact(_request(made, "trt-int8", tmp_path / "out"), {})
+    from deploytool.backends.ran_tensorrt import read  # here: it needs ONNX Runtime
+
+    _, nodes = read(artifact, _arrays(made[0])[0])
+    products = [node.precision for node in nodes if node.flops]
+    assert sorted(products) == ["fp32", "int8", "int8"]
 
 
 def test_tensorrt_refuses_what_it_cannot_take(lowered: Lowered, tmp_path: Path) -> None:
