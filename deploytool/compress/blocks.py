@@ -14,6 +14,7 @@ The scheme is that of Frantar and Alistarh, "SparseGPT", ICML 2023, section 4 (a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.calls import Call, plain_forward, record_calls, replay
+from deploytool.compress.calls import Call, Reached, plain_forward, record_calls, replay
 from deploytool.compress.chain import follow, trace
 from deploytool.compress.matrices import Measure, geometry, gram, rows
 from deploytool.errors import InputRefused
@@ -36,6 +37,14 @@ class Total:
 
     sum: Tensor
     rows: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers of a block that read the same tensor. `once`: each runs once in a call, which may end after the last."""
+
+    layers: tuple[str, ...]
+    once: bool
 
 
 @dataclass
@@ -57,18 +66,36 @@ class Block:
         """What the block gives for every call, as it is now."""
         return (replay(self.module, call) for call in self.calls)
 
-    def accumulate(self, measure: Measure, layers: Iterable[str] | None = None) -> dict[str, Total]:
+    def stages(self) -> list[Stage]:
+        """The layers in the order in which the first call reads; those that it does not reach stand together last.
+
+        Whoever changes the layers of one stage before looking at the next sees what the changed ones give.
+        """
+        reads: dict[str, list[int]] = {}
+        for index, (names, _) in enumerate(_shared_rows(self.module, self.calls[0], self.layers)):
+            for name in names:
+                reads.setdefault(name, []).append(index)
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for name, tensors in reads.items():
+            alike.setdefault(tuple(tensors), []).append(name)
+        once = all(len(tensors) == 1 for tensors in alike)
+        rest = tuple(name for name in self.layers if name not in reads)
+        return [Stage(tuple(names), once) for names in alike.values()] + ([Stage(rest, False)] if rest else [])
+
+    def accumulate(
+        self, measure: Measure, layers: Iterable[str] | None = None, *, once: bool = False
+    ) -> dict[str, Total]:
         """{layer: Total of `measure` over the rows that it reads}, for all layers of the block or some.
 
         `measure` maps rows [n, in] to a tensor whose size does not depend on n (`matrices.gram`, `matrices.squares`).
         It is taken once for layers that read the same tensor, and they get the same Total object. Each call's value is
         computed in the rows' own type and added in float64. Layers that never ran are left out. Raises InputRefused
-        when a sum is not finite.
+        when a sum is not finite. `once` says that each layer runs once in a call, whose rest is then spared.
         """
         watched = {name: self.layers[name] for name in (self.layers if layers is None else layers)}
         parts: dict[tuple[str, ...], Total] = {}
         for call in self.calls:
-            for names, x in _shared_rows(self.module, call, watched):
+            for names, x in _shared_rows(self.module, call, watched, once=once):
                 value = measure(x).double()
                 part = parts.setdefault(names, Total(torch.zeros_like(value), 0))
                 part.sum += value
@@ -87,16 +114,20 @@ class Moments:
     rows: int
 
 
-def paired_moments(before: Block, now: Block, layers: Iterable[str], *, ones: bool = False) -> dict[str, Moments]:
+def paired_moments(
+    before: Block, now: Block, layers: Iterable[str], *, ones: bool = False, once: bool = False
+) -> dict[str, Moments]:
     """{layer: Moments} of two like blocks, each fed in its own way; one object for layers that read the same tensor.
 
-    With `ones` the rows get a last column of ones, for the bias. Raises InputRefused when a sum is not finite.
+    With `ones` the rows get a last column of ones, for the bias; `once` is that of `Block.accumulate`. Raises
+    InputRefused when a sum is not finite.
     """
     names = list(layers)
     parts: dict[tuple[str, ...], Moments] = {}
     for old, new in zip(before.calls, now.calls, strict=True):
-        pairs = zip(_shared_rows(before.module, old, {n: before.layers[n] for n in names}),
-                    _shared_rows(now.module, new, {n: now.layers[n] for n in names}), strict=True)  # fmt: skip
+        pairs = zip(_shared_rows(before.module, old, {n: before.layers[n] for n in names}, once=once),
+                    _shared_rows(now.module, new, {n: now.layers[n] for n in names}, once=once),
+                    strict=True)  # fmt: skip
         for (_, x0), (readers, x) in pairs:
             if ones:
                 x0, x = (torch.cat([t, t.new_ones(len(t), 1)], dim=1) for t in (x0, x))
@@ -179,25 +210,31 @@ def _calls_of(runs: Sequence[Callable[[], object]], block: nn.Module, *, first_o
 
 
 def _shared_rows(
-    module: nn.Module, call: Call, layers: dict[str, nn.Module], copied: bool = False
+    module: nn.Module, call: Call, layers: dict[str, nn.Module], *, once: bool = False, copied: bool = False
 ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """For one call every distinct tensor that the layers read, as rows, with the names of its readers."""
     seen: dict[tuple[object, ...], tuple[list[str], Tensor, Tensor]] = {}
+    waiting = set(layers)
 
     def look(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         kept = x.clone() if copied else x
         seen.setdefault((id(x), x._version, *geometry(layer)), ([], x, kept))[0].append(name)
+        waiting.discard(name)
+        if once and not waiting:
+            raise Reached
 
     handles = [layer.register_forward_pre_hook(lambda m, args, n=name: look(n, m, args))
                for name, layer in layers.items()]  # fmt: skip
     try:
-        replay(module, call)
+        with suppress(Reached):
+            replay(module, call)
     finally:
         for handle in handles:
             handle.remove()
     if not copied and any(key[1] != x._version for key, (_, x, _) in seen.items()):
-        yield from _shared_rows(module, call, layers, copied=True)  # something wrote into a layer's input afterwards
+        # something wrote into a layer's input afterwards
+        yield from _shared_rows(module, call, layers, once=once, copied=True)
         return
     for names, _, kept in seen.values():
         with plain_forward():

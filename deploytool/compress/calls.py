@@ -13,8 +13,8 @@ from torch import nn
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Reached(Exception):
-    """Ends a run at the module that is looked at."""
+class Reached(Exception):
+    """Ends a run where a hook has seen all that it wants."""
 
 
 @contextmanager
@@ -39,13 +39,13 @@ def record_calls(run: Callable[[], object], module: nn.Module, *, first_only: bo
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(copy.deepcopy((args, kwargs)))
         if first_only:
-            raise _Reached
+            raise Reached
 
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with plain_forward():
             run()
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()

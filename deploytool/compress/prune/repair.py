@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def fit_kept(start: Tensor, keep: Tensor, gram: Tensor, wanted: Tensor, *, iterations: int = 30) -> Tensor:
+def fit_kept(start: Tensor, keep: Tensor, gram: Tensor, wanted: Tensor, *, iterations: int = 12) -> Tensor:
     """The weight [out, in] with W' G = B on the kept entries, as near as `iterations` steps come; float32.
 
     start   [out, in], zero outside `keep`

@@ -5,6 +5,9 @@
 
 Source: Frantar and Alistarh, "SparseGPT: Massive language models can be accurately pruned in one-shot", ICML 2023,
 algorithm 1 and section 3.
+
+The sweep never comes back to a column: what is pruned late is made good for by the columns after it only. So the kept
+weights, all of them, are fitted once more for the mask that it found (`repair.fit_kept`).
 """
 
 from __future__ import annotations
@@ -84,26 +87,31 @@ def sparsify(
     return w.T.contiguous().to(weight.dtype), keep.T.contiguous()
 
 
-def apply(source: Source, settings: SparseGpt, context: Context) -> tuple[Source, dict[str, Any]]:
-    """Prune the chosen layers, block by block; layers that read the same tensor share one inverse."""
+def apply(
+    source: Source, settings: SparseGpt, context: Context, *, in_place: bool = False
+) -> tuple[Source, dict[str, Any]]:
+    """Prune the chosen layers, block by block; layers that read the same tensor share one inverse.
+
+    `in_place` changes the given source's module, for callers that need it no more.
+    """
     held: list[Any] = [None, None]  # the total that the root was made of; layers that share it follow one another
 
     def prune(layer: Layer) -> Pruned:
         if held[0] is not layer.total:
             held[:] = [layer.total, root_of(layer.total, settings.damping)]
         root, damping = held[1]
-        target, wanted, moments = layer.weight, None, layer.total
+        target = layer.weight
+        moments, wanted = _wanted(layer.original or (target, layer.total), layer.total, damping)
         if layer.original is not None:
-            moments, wanted = _wanted(layer.original, layer.total, damping)
             target = (wanted @ (root.T @ root)).to(layer.weight.dtype)
         grid = None if settings.bits is None else choose(target, settings.bits, settings.group, symmetric=False)
         new, mask = sparsify(target, root, settings.share, settings.kept_of, block=settings.block, before=layer.before,
                              grid=grid)  # fmt: skip
-        if wanted is not None and grid is None:
+        if grid is None:
             new = fit_kept(new, mask, moments, wanted)
         return Pruned(new, mask, {"damping": damping, "error": relative_error(target, new, layer.total)}, grid)
 
-    return prune_by_block(source, settings, context, gram, prune)
+    return prune_by_block(source, settings, context, gram, prune, in_place=in_place)
 
 
 def _round(column: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
@@ -112,7 +120,10 @@ def _round(column: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
 
 
 def _wanted(original: tuple[Tensor, Tensor], total: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """G + l I, and B = W (C + l I) of the weight W before: the repair makes W' (G + l I) as near to B as it can."""
+    """G + l I, and B = W (C + l I): the fit makes W' (G + l I) as near to B as it can.
+
+    With C = G and the weight of now that is what the layer gave for the rows that it reads.
+    """
     weight, cross = original
     ridge = damping * float(total.diagonal().mean()) or 1.0
     damped, wanted = total.clone(), cross.clone()

@@ -88,13 +88,15 @@ class Wanda(Zeros, StepTable):
 class SparseGpt(Zeros, StepTable):
     """Set weights to zero column by column; what a column loses, the columns after it make good on the samples.
 
+    The weights that are kept are then fitted once more by least squares, all together.
+
     sparsity           share of zeros of every layer, 0 to 1
     pattern            "N:M" keeps N of every M neighbours in a row
     block              columns among which the share of zeros is exact, and which are updated together
-    repair             work towards what the uncompressed model gives, not only towards the layer's own outputs, and
-                       fit the weights that are kept once more by least squares
-    bits               round what is kept to a grid of so many bits in the same pass; left out: no grid. With `repair`
-                       the rounding is the last word, and nothing is fitted after it
+    repair             work towards what the uncompressed model gives, not only towards the layer's own outputs: each
+                       layer makes good for what the pruned ones before it changed
+    bits               round what is kept to a grid of so many bits in the same pass, and fit nothing after it; left
+                       out: no grid
     group              neighbours in a row that share the grid's scale and zero point
     damping            added to the diagonal of the inputs' second moments, as a share of its mean; ten times as much
                        each time that it proves too little
@@ -107,7 +109,7 @@ class SparseGpt(Zeros, StepTable):
     repair: bool = False
     bits: int | None = Field(default=None, ge=FEWEST_BITS, le=MOST_BITS)
     group: int = Field(default=64, ge=1)
-    damping: float = Field(default=0.01, gt=0, le=1)
+    damping: float = Field(default=0.1, gt=0, le=1)
 
 
 class Structured(StepTable):

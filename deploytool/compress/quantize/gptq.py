@@ -141,8 +141,8 @@ def apply(
 ) -> tuple[Source, dict[str, Any]]:
     """Quantize the chosen layers of a copy, block by block, each on what the quantized blocks before it give.
 
-    `bits` has the widths of layers that do not get `settings.bits`. `in_place` changes the given source's module, for
-    callers that need it no more: the weights are then held once.
+    `bits` has the widths of layers that do not get `settings.bits`. `in_place` changes the given source's tensors, for
+    callers that need them no more: the weights are then held once.
     """
     work = source if in_place else with_module(source, shell(source.module))
     picked, skipped = chosen_layers(work.module, settings)
@@ -150,7 +150,8 @@ def apply(
     layers: list[dict[str, Any]] = []
     for block in walk_blocks(work, picked, context.samples(source)):
         for names, moments, width in _sharing(block, settings.bits, bits or {}):
-            done = _quantize_together(block, names, moments, settings.model_copy(update={"bits": width}), source.masks)
+            done = _quantize_together(block, names, moments, settings.model_copy(update={"bits": width}), source.masks,
+                                       into=in_place)  # fmt: skip
             for name, (entry, encoding) in done.items():
                 encodings[weight_name(name)] = encoding
                 layers.append({"layer": name, **entry})
@@ -174,7 +175,7 @@ def _sharing(block: Block, usual: int, bits: Mapping[str, int]) -> list[tuple[li
 
 
 def _quantize_together(
-    block: Block, names: Sequence[str], moments: Tensor, settings: Gptq, masks: Mapping[str, Tensor]
+    block: Block, names: Sequence[str], moments: Tensor, settings: Gptq, masks: Mapping[str, Tensor], *, into: bool
 ) -> dict[str, tuple[dict[str, Any], Encoding]]:
     """Quantize layers that read the same input as one matrix, whose rows are those of all."""
     weights = [matrix(block.layers[name]) for name in names]
@@ -194,7 +195,7 @@ def _quantize_together(
     for name, part, scale, zero, weight in parts:
         mine = replace(encoding, scale=scale.clone(), zero_point=zero.clone())
         error = output_error(weight, part, moments)
-        entry = put_on(block.layers[name], mine, part)
+        entry = put_on(block.layers[name], mine, part, into=into)
         done[name] = ({**entry, "output_error": error, "damping": damping}, mine)
     return done
 

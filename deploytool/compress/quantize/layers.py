@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.matrices import matrix, matrix_layers
+from deploytool.compress.matrices import matrix, matrix_layers, set_matrix
 from deploytool.compress.quantize.ranges import SHRINKS
 from deploytool.compress.quantize.tables import Layers
 from deploytool.compress.select import select
@@ -42,22 +42,21 @@ def shrinks_of(settings: Layers) -> Sequence[float]:
     return SHRINKS if settings.search else (1.0,)
 
 
-def put_on(layer: nn.Module, encoding: Encoding, wanted: Tensor | None = None) -> dict[str, Any]:
+def put_on(layer: nn.Module, encoding: Encoding, wanted: Tensor | None = None, *, into: bool = False) -> dict[str, Any]:
     """Give a layer the matrix on the grid that is nearest to `wanted` [out, in], its own when left out.
 
-    The weight is a new parameter, the old tensor stays as it is. Returns what the report says of the layer; `error` is
-    |change| / |weight| in the Frobenius norm.
+    The weight is a new parameter, the old tensor stays as it is; `into` is that of `set_matrix`. Returns what the
+    report says of the layer; `error` is |change| / |weight| in the Frobenius norm.
     """
     before = matrix(layer)
     codes = quantize(before if wanted is None else wanted, encoding)
     after = dequantize(codes, encoding, before.dtype)
     size = before.float().norm()
     error = (after.float() - before.float()).norm() / size if size > 0 else torch.zeros(())
-    shape = layer.get_parameter("weight").shape
-    layer.weight = nn.Parameter(after.view(shape), requires_grad=False)
+    set_matrix(layer, after, into=into)
     return {
         "bits": encoding.bits, "group": encoding.group, "symmetric": encoding.symmetric,
-        "bits_per_weight": bits_per_weight(encoding, before.numel()), "error": float(error),
+        "bits_per_weight": bits_per_weight(encoding, after.numel()), "error": float(error),
     }  # fmt: skip
 
 
