@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from deploytool.bundle import manifest as manifests
 from deploytool.bundle.trial import unpacked
 from deploytool.bundle.verify import verify_bundle
 from deploytool.errors import InputRefused
+from deploytool.storage import read_json, sha256_file
 
 FAILED = ".failed"  # export keeps what is outside its limits as NAME.failed, for a look, not for use
 
@@ -41,6 +42,30 @@ def artifact_folders(path: Path) -> list[Path]:
     # Recorded cases without a manifest are an artifact that lost it: left out it would pass unseen.
     signs = (artifacts.MANIFEST, artifacts.GOLDEN)
     return sorted({place.parent for sign in signs for place in path.glob(f"[!.]*/{sign}")})
+
+
+def left_over(path: Path, found: Mapping[str, Artifact]) -> tuple[list[str], dict[str, str]]:
+    """Of the artifacts in an export's output those that its last export did not write: (of that model too, stale).
+
+    `stale` says why for each: the last export was of another model, or of a changed one, or failed for that target.
+    Nothing is left over where no report of an export lies beside the artifacts. Raises InputRefused where it is broken.
+    """
+    report = path / artifacts.REPORT
+    if not report.is_file() or (path / artifacts.MANIFEST).is_file():
+        return [], {}
+    try:
+        results = read_json(report)["targets"]
+        written = {result["artifact_digest"] for result in results}
+        failed = {result["target"] for result in results if result["status"] == "failed"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputRefused("DT309", f"{report} must be the report of an export (got: {error!r})",
+                           fix="export again, or name the artifacts one by one") from error  # fmt: skip
+    older = {n: a for n, a in found.items() if sha256_file(a.folder / artifacts.MANIFEST) not in written}
+    models = [a.model.get("fingerprint") for name, a in found.items() if name not in older]
+    stale = {name: "the last export failed for it" for name in older if name in failed}
+    stale |= {name: "it is of another model, or of this one before it was changed" for name, a in older.items()
+              if models and a.model.get("fingerprint") not in models}  # fmt: skip
+    return [name for name in older if name not in stale], stale
 
 
 def _by_target(path: Path, folders: list[Path]) -> dict[str, Artifact]:

@@ -9,6 +9,7 @@ import click
 
 from deploytool.artifact import Artifact
 from deploytool.cli import options
+from deploytool.errors import InputRefused
 
 
 @click.command("package")
@@ -39,13 +40,24 @@ def command(
         return
     click.echo(f"{output}: {manifest.name} {manifest.version}, {len(manifest.variants)} variants, "
                f"{len(manifest.files)} files")  # fmt: skip
+    for artifact in variants:
+        click.echo(f"  {artifact.target['name']}: {artifact.precision}, {artifact.size_bytes / 1e6:.2f} MB, of "
+                   f"{artifact.folder.resolve()}")  # fmt: skip
     click.echo(f"next: deploytool bundle selftest {output}")
 
 
 def _packable(path: Path, found: dict[str, Artifact]) -> list[Artifact]:
     """Of an export's whole output what can be packed, the rest being said; an artifact that was named is taken."""
+    from deploytool.bundle.contents import left_over
     from deploytool.bundle.pack import SOURCE
 
+    older, stale = left_over(path, found)
+    if stale:
+        raise InputRefused("DT311", f"what is packed of {path} must be of its last export (got left-overs: "
+                           f"{', '.join(sorted(stale))})", detail=[f"{name}: {why}" for name, why in stale.items()],
+                           fix="export them again, remove them, or name the artifacts to pack")  # fmt: skip
+    for name in older:
+        click.echo(f"{path}: {name} is packed too: an earlier export made it, from the same model", err=True)
     engines = [artifact for artifact in found.values() if artifact.format != SOURCE]
     if len(found) == 1 or not engines:
         return list(found.values())

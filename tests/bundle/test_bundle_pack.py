@@ -23,6 +23,7 @@ from deploytool.bundle.verify import unpack, verify_bundle
 from deploytool.cli.main import run
 from deploytool.errors import CheckFailed, InputRefused, IntegrityBroken, UsageProblem
 from deploytool.gate.evidence import read_report
+from deploytool.storage import sha256_file
 
 
 def test_folder_can_be_checked_by_sha256sum(tmp_path: Path) -> None:
@@ -79,6 +80,38 @@ def test_an_artifact_without_an_engine_is_not_packed(tmp_path: Path, capsys: pyt
     assert run(["package", str(tmp_path / "out"), "-o", str(tmp_path / "b")]) == 0
     assert "eager is left out" in capsys.readouterr().err
     assert [v.target for v in verify_bundle(tmp_path / "b").variants] == ["ort"]
+
+
+def write_export(out: Path, *artifacts: Artifact, **failed: str) -> None:
+    """The report of an export that wrote these, and failed for others."""
+    rows = [{"target": a.target["name"], "status": "ok", "artifact_digest": sha256_file(a.folder / "artifact.json")}
+            for a in artifacts]  # fmt: skip
+    rows += [{"target": name, "status": status, "artifact_digest": None} for name, status in failed.items()]
+    (out / "report.json").write_text(json.dumps({"schema_version": "1.0", "model": "tiny", "targets": rows}))
+
+
+def test_what_an_earlier_export_left_is_said_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one model it is packed and named; of another model, or of a target that failed since, nothing is packed."""
+    out, bundle = tmp_path / "out", tmp_path / "b"
+    ort = make(out / "ort")
+    old = make(out / "old", "old")
+    write_export(out, ort)
+    assert run(["package", str(out), "-o", str(bundle)]) == 0
+    said = capsys.readouterr()
+    assert "old is packed too" in said.err and "ort is packed" not in said.err
+    assert [line.split()[0] for line in said.out.splitlines() if line.startswith("  ")] == ["old:", "ort:"]
+    write_export(out, ort, old="failed")
+    assert run(["package", str(out), "-o", str(tmp_path / "c")]) == 3
+    assert "old: the last export failed for it" in capsys.readouterr().err
+    write_export(out, ort)
+    shutil.rmtree(old.folder)
+    make(out / "old", "old", model={"name": "tiny", "ref": "tiny.py", "fingerprint": "e" * 64})
+    assert run(["package", str(out), "-o", str(tmp_path / "c")]) == 3
+    said = capsys.readouterr()
+    assert "DT311" in said.err and "old: it is of another model" in said.err and not (tmp_path / "c").exists()
+    assert run(["package", str(ort.folder), "-o", str(tmp_path / "c")]) == 0
+    (out / "report.json").write_text("[]")
+    assert run(["package", str(out), "-o", str(tmp_path / "d")]) == 3
 
 
 def test_tar_bytes_depend_on_content_only(tmp_path: Path) -> None:
