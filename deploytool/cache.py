@@ -4,6 +4,7 @@ The key is a hash of the model file, every file that it read, the options, the v
 deploytool's own code. Which files a model reads is known only after it was loaded once;
 the list is kept beside and checked on the next run, so that an unchanged model is found without importing torch.
 Size and time of every prepared file are kept there too: an entry that something has changed since is made again.
+A file that the system says was not written since it was hashed is not hashed again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _ROOMS = (".", "load", "lower", "backends", "verify")  # the last two made the f
 _LOCK_SECONDS = 1800.0
 _KEEP_SUPERSEDED_SECONDS = 3600.0
 _KEEP_ABANDONED_SECONDS = 86_400.0
+_CLOCK_NS = 2_000_000_000  # the coarsest time that a file system keeps
+_CHANGED = 2  # place of the time of change in a stamp
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,15 @@ def _find(
     if entry is None:
         return None
     soon()
-    folder = root / "lowered" / _key(_fingerprint(ref, _hashed(entry["dependencies"])), options)
+    started = time.time_ns()
+    hashed = {path: _hash_of(Path(path), known) for path, known in entry["dependencies"].items()}
+    folder = root / "lowered" / _key(_fingerprint(ref, hashed), options)
     if folder.name != entry["folder"] or not folder.is_dir() or not entry["files"].items() <= _listing(folder).items():
         return None
     os.utime(folder)
+    noted = _noted(hashed, started)
+    if noted != entry["dependencies"]:
+        write_json(index, {**entry, "dependencies": noted})
     return folder
 
 
@@ -131,9 +139,10 @@ def _read_index(index: Path) -> dict[str, Any] | None:
     """What is kept of an entry; None where there is none, or nothing that can be used."""
     try:
         entry = read_json(index)
-        return {"dependencies": list(entry["dependencies"]), "folder": str(entry["folder"]),
+        known = {str(path): list(seen) or [None] for path, seen in entry["dependencies"].items()}
+        return {"dependencies": known, "folder": str(entry["folder"]),
                 "files": dict(entry["files"]), "fingerprint": str(entry["fingerprint"])}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -150,6 +159,7 @@ def _make(
     lowered = root / "lowered"
     lowered.mkdir(parents=True, exist_ok=True)
     _drop_abandoned(lowered)
+    started = time.time_ns()
     with writing(lowered):
         temporary = Path(tempfile.mkdtemp(dir=lowered, prefix=".tmp-"))
         try:
@@ -163,7 +173,7 @@ def _make(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     _drop_superseded(index, folder)
-    write_json(index, {"dependencies": list(info["dependencies"]), "folder": folder.name, "files": files,
+    write_json(index, {"dependencies": _noted(info["dependencies"], started), "folder": folder.name, "files": files,
                        "fingerprint": fingerprint})  # fmt: skip
     return folder
 
@@ -193,9 +203,37 @@ def _fingerprint(ref: ModelRef, dependencies: Mapping[str, str | None]) -> str:
     return _digest([asdict(ref), sorted(map(list, dependencies.items()))])[:32]
 
 
-def _hashed(paths: Sequence[str]) -> dict[str, str | None]:
-    """The files' SHA-256; None for what is no file."""
-    return {path: sha256_file(Path(path)) if Path(path).is_file() else None for path in paths}
+def _hash_of(path: Path, known: Sequence[Any]) -> str | None:
+    """A file's SHA-256, None for what is no file; `known` is its hash and `_stamp` of an earlier look."""
+    digest, *stamp = known
+    if stamp and stamp == _stamp(path):
+        return str(digest)
+    return sha256_file(path) if path.is_file() else None
+
+
+def _stamp(path: Path) -> list[int]:
+    """What the system changes whenever a file is written or replaced; empty where it tells no such thing.
+
+    The time of change of the inode cannot be set by a program, unlike the one of the content (stat(2)).
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev] if os.name == "posix" else []
+
+
+def _noted(hashed: Mapping[str, str | None], started_ns: int) -> dict[str, list[Any]]:
+    """Each file's hash with its stamp, where nothing can have written it after its hashing began at `started_ns`.
+
+    Clocks of file systems are coarse: what was written a moment before may be written again at the same time.
+    """
+    noted: dict[str, list[Any]] = {}
+    for path, digest in hashed.items():
+        stamp = _stamp(Path(path)) if digest else []
+        settled = len(stamp) > _CHANGED and stamp[_CHANGED] < started_ns - _CLOCK_NS
+        noted[path] = [digest, *stamp] if settled else [digest]
+    return noted
 
 
 def _versions() -> dict[str, str | None]:

@@ -110,6 +110,38 @@ def test_a_touched_file_is_the_same(made: Made, ref: ModelRef, files: dict[str, 
     assert prepare(ref).cached
 
 
+def test_a_file_that_nothing_wrote_is_hashed_once(
+    made: Made, ref: ModelRef, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lay still since before it was hashed is not hashed again; what was written since is, whatever its time."""
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_file(path)
+
+    prepare(ref)
+    monkeypatch.setattr(cache, "sha256_file", counted)
+    monkeypatch.setattr(cache, "_CLOCK_NS", 0)
+    names = sorted(path.name for path in files.values())
+    time.sleep(0.02)
+    assert prepare(ref).cached and sorted(n for n in hashed if n in names) in ([], names)
+    del hashed[:]
+    assert prepare(ref).cached and not set(hashed) & set(names)
+    weights = files["weights.pt"]
+    before = weights.stat()
+    weights.write_text("as it is!")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not prepare(ref).cached
+
+
+def test_a_file_just_written_is_hashed_again(made: Made, ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system's clock is coarse: a second write at the same time as the first must not be missed."""
+    prepare(ref)
+    monkeypatch.setattr(cache, "sha256_file", lambda path: "another")
+    assert not prepare(ref).cached
+
+
 def test_options_and_versions_are_part_of_the_key(
     made: Made, ref: ModelRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:

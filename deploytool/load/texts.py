@@ -15,7 +15,7 @@ from deploytool.errors import InputRefused
 
 Tokenize = Callable[[str], list[int]]
 # (batch, characters of text per row): the first is what is timed, then short, odd and padded ones.
-_BATCHES = ((1, 900), (1, 40), (2, 120), (3, 200), (1, 1200), (5, 50))
+_BATCHES = ((1, 900), (1, 40), (2, 120), (3, 120), (1, 700), (5, 50))
 _TIMED_LENGTH = 128
 
 

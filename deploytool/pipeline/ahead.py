@@ -31,10 +31,12 @@ class Ahead:
         self._typed: Path | None = None
 
     def expect_lowering(self, *typed: str) -> None:
-        """Start the process that lowers, unless the same was typed here before: the cache knows the model then."""
+        """Start the process that lowers; where the same was typed before, and the model is kept, the other."""
         digest = hashlib.sha256(json.dumps([os.getcwd(), *typed]).encode()).hexdigest()
         self._typed = worker.cache_folder() / "typed" / digest[:32]
-        if not self._typed.exists():
+        if self._typed.exists():
+            self.start()
+        else:
             self._lowering = worker.untimed("preparing", self._limits)
             self._lowering.expect(_LOWERING)
 
@@ -43,7 +45,9 @@ class Ahead:
         engine, self._lowering = self._lowering or worker.untimed(name, limits), None
         engine.name = name
         with engine:
-            return engine.call(function, **arguments)
+            result = engine.call(function, **arguments)
+            self.start()  # while this one ends
+            return result
 
     def start(self, *, engine: bool = False) -> None:
         """Start the process that waits, unless there is one; it takes 40 MB from here on, with its `engine` 110 MB."""

@@ -75,7 +75,7 @@ def test_the_lowering_is_expected_once(tmp_path: Path) -> None:
     for wanted in (True, False):
         with Ahead(NO_LIMITS) as ahead:
             ahead.expect_lowering("model", "auto", "0")
-            assert (ahead._lowering is not None) is wanted
+            assert (ahead._lowering is not None) is wanted and (ahead._waiting is None) is wanted
             assert ahead.run("lowering", "os:getcwd", NO_LIMITS) == os.getcwd() and ahead._lowering is None
     failed = Ahead(NO_LIMITS)
     failed.expect_lowering("another", "auto", "0")
