@@ -3,8 +3,9 @@
 
     python scripts/bench/prune_encoder.py --remove 0.5
 
-Calibration: docstrings of the standard library, 256 texts cut at 64 tokens. Evaluation: the 256 sentences of the
-model's own evaluation, which are from the standard library's topics. With -o the model is written as `compress` does.
+Calibration: docstrings of the standard library's top-level files without those that hold a sentence of the evaluation,
+all or --texts of them spread evenly, cut at --length tokens. Evaluation: the 256 sentences of the model's own
+evaluation, which are from the standard library's topics. With -o the model is written as `compress` does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ from deploytool.load.modelfile import read_model_file
 from deploytool.load.resolve import resolve
 from deploytool.source import Source
 
-BATCH, LENGTH = 8, 64
+BATCH = 8
+
+
+def calibration(count: int | None, held_out: list[str]) -> list[str]:
+    """Docstrings, white space made single, without those in which a held-out sentence stands."""
+    found = [" ".join(text.split()) for text in docstrings()]
+    found = [text for text in found if not any(sentence in text for sentence in held_out)]
+    return found[:: max(1, len(found) // (count or len(found)))][:count]
 
 
 def embeddings(source: Source, feeds: list[dict[str, Tensor]]) -> Tensor:
@@ -43,7 +51,8 @@ def embeddings(source: Source, feeds: list[dict[str, Tensor]]) -> Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--remove", type=float, default=0.5)
-    parser.add_argument("--texts", type=int, default=256, help="of calibration")
+    parser.add_argument("--texts", type=int, help="of calibration; left out: all")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a text at most")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another setting of the step")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
@@ -51,14 +60,13 @@ def main() -> int:
     settings = Structured(step="structured", remove=args.remove, **asked)
     source = open_source(resolve("minilm"))
     code = read_model_file(source.ref).code
-    found = [" ".join(text.split()) for text in docstrings()]
-    texts = found[:: max(1, len(found) // args.texts)][: args.texts]
-    batches = [code._encode(texts[i : i + BATCH], LENGTH) for i in range(0, len(texts), BATCH)]
+    texts = sorted(calibration(args.texts, code._sentences()[5::9][:256]), key=len)
+    batches = [code._encode(texts[i : i + BATCH], args.length) for i in range(0, len(texts), BATCH)]
     calibrated = dataclasses.replace(source, samples=lambda: iter(batches))
     context = Context(source, Calibration(samples=len(batches)), 0, lambda line: print(line, file=sys.stderr))
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     pruned, report = apply(calibrated, settings, context)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     pruned = dataclasses.replace(pruned, samples=source.samples)
     feeds = code._evaluation()
     cosines = cosine_similarity(embeddings(source, feeds), embeddings(pruned, feeds), dim=1)
@@ -66,6 +74,7 @@ def main() -> int:
     blocks = [sum(p.numel() for n, p in s.module.named_parameters() if ".layer." in n) for s in (source, pruned)]
     result = {
         "model": "minilm", "settings": settings.model_dump(mode="json"), "texts": len(texts), "seconds": seconds,
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches), "cpu_seconds": cpu_seconds,
         "cosine_mean": float(cosines.mean()), "cosine_worst": float(cosines.min()), "before": before, "after": after,
         "block_parameters": blocks, "blocks_ratio": blocks[1] / blocks[0], "peak_bytes": peak_bytes(),
         "layers": report["layers"],

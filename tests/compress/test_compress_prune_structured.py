@@ -383,9 +383,9 @@ def test_refit_is_the_regression() -> None:
     )
     weight = torch.randn(5, 12, generator=generator).double()
     moments, kept = x.T @ x, torch.tensor([0, 2, 3, 7, 9, 11])
-    best = best_weight(weight, moments, moments, kept, 1e-12)
+    best = best_weight(weight, moments, weight @ moments, kept, 1e-12)
     torch.testing.assert_close(best.T, torch.linalg.lstsq(x[:, kept], x @ weight.T).solution, rtol=1e-6, atol=1e-6)
-    reading = Reading(weight, moments, moments, [torch.tensor([i]) for i in range(12)])
+    reading = Reading(weight, moments, weight @ moments, [torch.tensor([i]) for i in range(12)])
     order, losses = removal_order([reading], 1e-9, 4)
     left = torch.tensor([i for i in range(12) if i not in order])
     residual = x @ weight.T - x[:, left] @ torch.linalg.lstsq(x[:, left], x @ weight.T).solution
@@ -402,10 +402,11 @@ def test_damping_is_chosen_by_rows_that_the_fit_has_not_seen() -> None:
     for count in (60, 4000):
         x = torch.randn(count, 40, generator=generator).double() @ mix
         seen, held = x[: count * 3 // 4], x[count * 3 // 4 :]
-        reading = Reading(weight, x.T @ x, x.T @ x, [], (held.T @ held, held.T @ held))
+        reading = Reading(weight, x.T @ x, weight @ x.T @ x, [], (held.T @ held, weight @ held.T @ held))
         kept = torch.arange(20)
         chosen[count] = best_damping(reading, kept)
-        fits = {d: best_weight(weight, seen.T @ seen, seen.T @ seen, kept, d) for d in (chosen[count], 0.001, 10.0)}
+        square, tried = seen.T @ seen, (chosen[count], 0.001, 10.0)
+        fits = {d: best_weight(weight, square, weight @ square, kept, d) for d in tried}
         losses = {d: float((held @ weight.T - held[:, kept] @ f.T).square().sum()) for d, f in fits.items()}
         assert losses[chosen[count]] == min(losses.values())
     assert chosen[60] > chosen[4000]

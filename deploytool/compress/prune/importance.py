@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from deploytool.compress.blocks import walk_blocks
 from deploytool.compress.fitting import labelled_batches, outputs_of
-from deploytool.compress.matrices import gram, matrix
+from deploytool.compress.matrices import matrix
 from deploytool.compress.prune.influence import channel_axis
+from deploytool.compress.prune.readings import home, read
 from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, removal_order
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
@@ -64,14 +65,17 @@ def all_readings(
     source: Source, groups: Sequence[Group], samples: list[dict[str, Tensor]]
 ) -> list[list[Reading]]:  # fmt: skip
     """What every group's readers see in the model as it is."""
-    readers = {name for group in groups for name in group.readers if not _is_norm(source, name)}
-    ordered = [name for name, _ in source.module.named_modules() if name in readers]
-    moments: dict[str, Tensor] = {}
+    homes = [home(source.module, [*group.makers, *group.readers]) for group in groups]
+    readers = [[n for n in group.readers if not _is_norm(source, n)] for group in groups]
+    wanted = {name for names in readers for name in names}
+    ordered = [name for name, _ in source.module.named_modules() if name in wanted]
+    found: dict[tuple[int, str], Reading] = {}
     for block in walk_blocks(with_module(source, shell(source.module)), ordered, samples):
-        moments.update({name: total.sum for name, total in block.accumulate(gram).items()})
-    return [
-        [_reading(source.module.get_submodule(n), n, g, moments[n]) for n in g.readers if n in moments] for g in groups
-    ]
+        for index, (group, names) in enumerate(zip(groups, readers, strict=True)):
+            held = {n: columns(block.layers[n], n, group) for n in names if n in block.layers}
+            made = read(block, block, held, whole=homes[index] is not None) if held else []
+            found.update({(index, n): reading for n, reading in zip(held, made, strict=True)})
+    return [[found[i, n] for n in names if (i, n) in found] for i, names in enumerate(readers)]
 
 
 def columns(layer: nn.Module, name: str, group: Group) -> list[Tensor]:
@@ -79,10 +83,6 @@ def columns(layer: nn.Module, name: str, group: Group) -> list[Tensor]:
     each = matrix(layer).shape[1] // sizes(layer)[0]
     return [(torch.tensor(unit.get(name, []), dtype=torch.int64)[:, None] * each + torch.arange(each)).flatten()
             for unit in group.inputs]  # fmt: skip
-
-
-def _reading(layer: nn.Module, name: str, group: Group, moments: Tensor) -> Reading:
-    return Reading(matrix(layer).double(), moments, moments, columns(layer, name, group))
 
 
 def _magnitude(module: nn.Module, group: Group) -> Tensor:

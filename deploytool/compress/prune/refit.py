@@ -1,10 +1,10 @@
 """Closed forms behind structured removal: which columns of a matrix matter least, and the best of what remains.
 
-    W' = (W C[:, K] + l W[:, K]) (G[K, K] + l I)^-1    minimizes ||W X0^T - W' X[:, K]^T||^2 + l ||W' - W[:, K]||^2
+    W' = (D[:, K] + l W[:, K]) (G[K, K] + l I)^-1    minimizes ||Y^T - W' X[:, K]^T||^2 + l ||W' - W[:, K]||^2
 
-with G = X^T X of the inputs now, C = X0^T X against the inputs X0 of the uncompressed model, and l a share of G's mean
-diagonal. Columns c are removed at the loss  tr(W_c (H_cc)^-1 W_c^T)  with H = (G + l I)^-1, after which W and H are
-those of the regression without them.
+with G = X^T X of the inputs now, D = Y^T X with the outputs Y that are wanted, and l a share of G's mean diagonal.
+Columns c are removed at the loss  tr(W_c (H_cc)^-1 W_c^T)  with H = (G + l I)^-1, after which W and H are those of the
+regression without them.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: optimal brain surgeon", NIPS 1992; for whole
 structures Kurtic, Frantar, Alistarh, "ZipLM: inference-aware structured pruning of language models", NeurIPS 2023.
@@ -29,24 +29,26 @@ _ROUNDS = 64  # scores are taken anew so often on the way from all units to none
 class Reading:
     """A layer that reads the units.
 
-    weight       [out, in], of the uncompressed model
-    gram, cross  G and C [in, in], float64, over all rows
-    columns      those of each unit
-    held         G and C of the rows that are held out for choosing the damping; None when there are too few
+    weight         [out, in], of the uncompressed model
+    gram, wanted   G [in, in] and D [out, in], float64, over all rows
+    columns        those of each unit
+    held           G and D of the rows that are held out for choosing the damping; None when there are too few
+    spread         sum of squares that losses are shares of; None: the energy of the layer's own outputs
     """
 
     weight: Tensor
     gram: Tensor
-    cross: Tensor
+    wanted: Tensor
     columns: list[Tensor]
     held: tuple[Tensor, Tensor] | None = None
+    spread: float | None = None
 
 
-def best_weight(weight: Tensor, gram: Tensor, cross: Tensor, kept: Tensor, damping: float) -> Tensor:
+def best_weight(weight: Tensor, gram: Tensor, wanted: Tensor, kept: Tensor, damping: float) -> Tensor:
     """The weight [out, kept] that serves best on the kept columns, float64; see the formula above."""
-    weight, ridge = weight.double(), damping * float(gram.diagonal().mean()) or 1.0
-    wanted = weight @ cross[:, kept] + ridge * weight[:, kept]
-    best: Tensor = torch.cholesky_solve(wanted.T, _lower(gram[kept][:, kept], ridge)).T
+    ridge = damping * float(gram.diagonal().mean()) or 1.0
+    right = wanted[:, kept] + ridge * weight[:, kept].double()
+    best: Tensor = torch.cholesky_solve(right.T, _lower(gram[kept][:, kept], ridge)).T
     return best
 
 
@@ -54,17 +56,17 @@ def best_damping(reading: Reading, kept: Tensor) -> float:
     """The one of DAMPINGS whose fit to the other rows loses least on the rows held out; the middle one without any."""
     if reading.held is None:
         return DAMPINGS[len(DAMPINGS) // 2]
-    gram, cross = reading.held
+    gram, wanted = reading.held
     losses = []
     for damping in DAMPINGS:
-        fitted = best_weight(reading.weight, reading.gram - gram, reading.cross - cross, kept, damping)
-        wanted = reading.weight.double() @ cross[:, kept]
-        losses.append(float(((fitted @ gram[kept][:, kept] - 2 * wanted) * fitted).sum()))
+        fitted = best_weight(reading.weight, reading.gram - gram, reading.wanted - wanted, kept, damping)
+        losses.append(float(((fitted @ gram[kept][:, kept] - 2 * wanted[:, kept]) * fitted).sum()))
     return DAMPINGS[losses.index(min(losses))]
 
 
 def removal_order(readings: Sequence[Reading], damping: float, most: int) -> tuple[list[int], list[float]]:
-    """The first `most` units to remove, least loss first, and the loss when each goes, as a share of the output.
+    """The first `most` units to remove, least loss first, and the loss when each goes, as a share of the reading's
+    spread.
 
     Each removal counts on the remaining columns making good for it; losses of several readers are added.
     """
@@ -86,13 +88,13 @@ def removal_order(readings: Sequence[Reading], damping: float, most: int) -> tup
 
 
 def _start(reading: Reading, damping: float) -> tuple[Tensor, Tensor, float]:
-    """W and H of all columns, float32, and the energy of the layer's outputs."""
+    """W and H of all columns, float32, and what losses are shares of."""
     everything = torch.arange(reading.gram.shape[0])
-    weight = best_weight(reading.weight, reading.gram, reading.cross, everything, damping)
+    weight = best_weight(reading.weight, reading.gram, reading.wanted, everything, damping)
     ridge = damping * float(reading.gram.diagonal().mean()) or 1.0
     inverse = torch.cholesky_inverse(_lower(reading.gram, ridge))
-    energy = float(((weight @ reading.gram) * weight).sum()) or 1.0
-    return weight.float(), inverse.float(), energy
+    energy = float(((weight @ reading.gram) * weight).sum()) if reading.spread is None else reading.spread
+    return weight.float(), inverse.float(), energy or 1.0
 
 
 def _scores(weight: Tensor, inverse: Tensor, units: list[Tensor]) -> Tensor:

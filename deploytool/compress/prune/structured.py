@@ -1,25 +1,27 @@
 """Structured pruning: whole heads, neurons and channels go, and the layers that read them make good for it.
 
 Units are found by `discover`, chosen by `refit.removal_order` or by a score, and taken out of every layer that makes or
-reads them. The reading layer is fitted to what the uncompressed model gives, block after block. Nothing is trained.
+reads them. These are fitted to what the uncompressed model gives, block after block and in the order in which they run:
+the makers to their old outputs, the readers to the old sums that they add to. Nothing is trained.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.blocks import Block, check_samples, find_blocks, paired_moments, walk_blocks
+from deploytool.compress.blocks import Block, check_samples, walk_blocks
 from deploytool.compress.calls import leaves, replay
 from deploytool.compress.matrices import matrix, matrix_layers, set_matrix
 from deploytool.compress.prune.budget import least_loss, same_share, unit_weights
 from deploytool.compress.prune.discover import discover, kind
 from deploytool.compress.prune.importance import columns, losses, unit_scores
+from deploytool.compress.prune.readings import home, read
 from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, best_damping, best_weight, removal_order
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
@@ -30,7 +32,6 @@ from deploytool.load.resize import keep, set_number, sizes
 from deploytool.load.surgery import replace_layer, shell, with_module
 from deploytool.source import Source
 
-_PARTS = 4  # one of so many calls is held out
 _SAME = 1e-3  # of the largest output: what smaller layers may differ by
 _HEADS = re.compile(r"n?(\w+_)?heads?")  # num_heads, n_head, nhead, num_attention_heads; not head_dim
 
@@ -40,6 +41,7 @@ class Removal:
     """What goes from one group: kind, how many units, and in a run which, in what layers.
 
     `rows` are the outputs [n] that removals before it have left of a layer, by its name; one object for all removals.
+    `fixed` are makers that stay as they are: those that also read units, and those with zeros of earlier steps.
     """
 
     group: Group
@@ -47,6 +49,7 @@ class Removal:
     count: int
     units: list[int]
     rows: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    fixed: frozenset[str] = frozenset()
 
 
 def apply(source: Source, settings: Structured, context: Context) -> tuple[Source, dict[str, Any]]:
@@ -60,7 +63,9 @@ def apply(source: Source, settings: Structured, context: Context) -> tuple[Sourc
     chosen = _chosen(pruned, groups, settings, skipped)
     counts = _counts(source, chosen, settings, samples)
     rows: dict[str, Tensor] = {}
-    removals = [Removal(g, kind(source, g), c, [], rows) for g, c in zip(chosen, counts, strict=True) if c]
+    fixed = frozenset(n for g in chosen for n in g.readers) | {n.removesuffix(".weight") for n in source.masks}
+    removals = [Removal(g, kind(source, g), c, [], rows, fixed) for g, c in zip(chosen, counts, strict=True)
+                if c or settings.reconstruct]  # fmt: skip
     skipped += [{"layer": name, "reason": "none of its units was worth removing"}
                 for g, c in zip(chosen, counts, strict=True) if not c for name in g.makers]  # fmt: skip
     scores = unit_scores(source, [r.group for r in removals], settings, samples)
@@ -73,6 +78,8 @@ def apply(source: Source, settings: Structured, context: Context) -> tuple[Sourc
             if made is None:
                 reason = f"without some of its {removal.kind} the model is not what it is when they are ignored"
                 skipped += [{"layer": name, "reason": reason} for name in removal.group.makers]
+                continue
+            if not removal.count:
                 continue
             edits += made
             rows.update({n: _kept(removal, n, *sizes(source.module.get_submodule(n)))[1] for n in removal.group.makers})
@@ -127,21 +134,17 @@ def _stages(
     When a group reaches over blocks, the whole model is one block.
     """
     matrices = {r.group.makers[0]: [n for n in r.group.readers if _is_matrix(pruned, n)] for r in removals}
-    homes = [_home(pruned.module, [*r.group.makers, *r.group.readers]) for r in removals]
-    if all(home is not None for home in homes):
-        names = [n for readers in matrices.values() for n in readers]
+    homes = [home(pruned.module, [*r.group.makers, *r.group.readers]) for r in removals]
+    if all(place is not None for place in homes):
+        names = [n for r in removals for n in (*r.group.makers, *r.group.readers) if _is_matrix(pruned, n)]
         original = with_module(source, shell(source.module))
         pairs = zip(walk_blocks(pruned, names, samples), walk_blocks(original, names, samples), strict=True)
         for block, before in pairs:
-            yield block, before, [r for r, home in zip(removals, homes, strict=True) if home == block.name]
+            yield block, before, [r for r, place in zip(removals, homes, strict=True) if place == block.name]
         return
     for removal in removals:
         readers = matrices[removal.group.makers[0]]
         yield _whole(pruned, readers, samples), _whole(source, readers, samples), [removal]
-
-
-def _home(module: nn.Module, names: list[str]) -> str | None:
-    return next((b for b in find_blocks(module) if all(n == b or n.startswith(f"{b}.") for n in names)), None)
 
 
 def _whole(source: Source, layers: list[str], samples: list[dict[str, Tensor]]) -> Block:
@@ -162,6 +165,8 @@ def _remove(
     old = {name: pruned.module.get_submodule(name) for name in names}
     _put(pruned, block, {name: shell(layer) for name, layer in old.items()})
     readers = [n for n in removal.group.readers if _is_matrix(pruned, n)]
+    if settings.reconstruct and block.name:
+        _refit_makers(block, before, removal, settings)
     _ignore(block, before, readers, removal, scores, settings)
     wanted = _first_output(block)
     numbers = _numbers(pruned.module, removal) if removal.kind == "heads" else []
@@ -203,7 +208,9 @@ def _ignore(
             weight[:, _gone(columns(block.layers[name], name, removal.group), removal)] = 0
             set_matrix(block.layers[name], weight)
         return
-    readings = [_reading(block, before, name, removal) for name in readers]
+    left = {name: rows for name, rows in removal.rows.items() if name in readers}
+    readings = read(before, block, {n: columns(before.layers[n], n, removal.group) for n in readers},
+                    whole=block.name != "", left=left)  # fmt: skip
     if scores is None:
         removal.units = sorted(removal_order(readings, settings.damping or ORDER_DAMPING, removal.count)[0])
     for name, reading in zip(readers, readings, strict=True):
@@ -214,28 +221,16 @@ def _ignore(
                        [:, : matrix(block.layers[name]).shape[1]])  # fmt: skip
 
 
+def _refit_makers(block: Block, before: Block, removal: Removal, settings: Structured) -> None:
+    """Fit the layers that make the units to the uncompressed model's, with the inputs that they get by now."""
+    makers = [name for name in removal.group.makers if name in block.layers and name not in removal.fixed]
+    for name, reading in zip(makers, read(before, block, {n: [] for n in makers}, whole=False) if makers else (),
+                             strict=True):  # fmt: skip
+        _refit(block.layers[name], reading, torch.empty(0, dtype=torch.int64), settings.damping)
+
+
 def _gone(each: list[Tensor], removal: Removal) -> Tensor:
-    return torch.cat([each[unit] for unit in removal.units])
-
-
-def _reading(block: Block, before: Block, name: str, removal: Removal) -> Reading:
-    """The reader's inputs now and before; its weight before, with the bias as a last column where it has one.
-
-    Of a reader that makes units itself only the outputs count that are left.
-    """
-    layer = before.layers[name]
-    weight, bias = matrix(layer).double(), layer.bias
-    ones = isinstance(bias, Tensor)
-    moments = paired_moments(before, block, [name], ones=ones)[name]
-    held = None
-    if len(block.calls) >= _PARTS:
-        part = [replace(b, calls=b.calls[_PARTS - 1 :: _PARTS]) for b in (before, block)]
-        left_out = paired_moments(part[0], part[1], [name], ones=ones)[name]
-        held = left_out.gram, left_out.cross
-    if isinstance(bias, Tensor):
-        weight = torch.cat([weight, bias.detach().double()[:, None]], dim=1)
-    weight = weight[removal.rows[name]] if name in removal.rows else weight
-    return Reading(weight, moments.gram, moments.cross, columns(layer, name, removal.group), held)
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(each[unit] for unit in removal.units)])
 
 
 def _refit(layer: nn.Module, reading: Reading, gone: Tensor, damping: float | None) -> None:
@@ -244,7 +239,7 @@ def _refit(layer: nn.Module, reading: Reading, gone: Tensor, damping: float | No
     kept[gone] = False
     left = kept.nonzero().flatten()
     chosen = damping or best_damping(reading, left)
-    best = best_weight(reading.weight, reading.gram, reading.cross, left, chosen)
+    best = best_weight(reading.weight, reading.gram, reading.wanted, left, chosen)
     full = torch.zeros_like(reading.weight)
     full[:, kept] = best
     width = matrix(layer).shape[1]

@@ -121,7 +121,7 @@ class Structured(StepTable):
     units              which kinds: "heads", "neurons", "channels"; left out: all
     importance         "reconstruction": the least loss once the rest has made good for it; "activation": the strength
                        of what a unit adds; "magnitude": of its weights; "taylor": of its first-order effect on the loss
-    reconstruct        fit the layer that reads the units to the uncompressed model's outputs, in closed form
+    reconstruct        fit the layers that make and read the units to the uncompressed model's outputs, in closed form
     damping            weight of staying as it was, as a share of the mean square of the inputs; left out: what serves
                        best on a quarter of the samples that the fit has not seen
     include, exclude   names of the layers that make the units, `*` and `?` allowed; nothing included means all

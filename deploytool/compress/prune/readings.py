@@ -1,0 +1,208 @@
+"""What the layers that read removable units take in, and what they have to give for the model to stay as it was.
+
+A layer Y = W X + b is asked for more than its own old output where that is added to other values, as in a residual
+connection: for  Y = S0 - (S - W X - b)  with the sum S0 of the uncompressed model and the sum S of now. What the blocks
+before it and the other branch have lost is then made good too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from deploytool.compress.blocks import Block, find_blocks
+from deploytool.compress.calls import Call, leaves, replay
+from deploytool.compress.matrices import geometry, gram, matrix, rows
+from deploytool.compress.prune.refit import Reading
+from deploytool.errors import InputRefused
+
+_PARTS = 4  # one of so many calls is held out
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+_SAME = 1e-3  # of the largest disturbance: how exactly it must come back
+
+
+class _Enough(Exception):
+    """Ends a run once everything asked for was seen."""
+
+
+@dataclass
+class _Seen:
+    """One run of a block: what the layers read and gave, by name, and what arrived at places after that."""
+
+    read: dict[str, Tensor] = field(default_factory=dict)
+    gave: dict[str, Tensor] = field(default_factory=dict)
+    later: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Sums:
+    """X^T X [in, in] and Y^T X [out, in], float64, of rows X and what is wanted for them Y."""
+
+    gram: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def zero(cls, weight: Tensor) -> Self:
+        """For a weight [out, in]."""
+        return cls(weight.new_zeros(weight.shape[1], weight.shape[1]), torch.zeros_like(weight))
+
+    def add(self, square: Tensor, product: Tensor) -> None:
+        """Only as many columns as there are here: the last one is there for the bias."""
+        size = len(self.gram)
+        self.gram += square[:size, :size]
+        self.wanted += product[:, :size]
+
+
+def home(module: nn.Module, names: list[str]) -> str | None:
+    """The repeated block that holds all the named layers, or None."""
+    return next((b for b in find_blocks(module) if all(n == b or n.startswith(f"{b}.") for n in names)), None)
+
+
+def read(
+    before: Block, now: Block, layers: dict[str, list[Tensor]], *, whole: bool, left: Mapping[str, Tensor] = NOTHING
+) -> list[Reading]:
+    """The readings of the named layers, given with the columns of their units, over all calls of the uncompressed
+    block and of the block now.
+
+    whole   of one layer: aim at the sum that its output is added to, where there is one, and not at the output alone
+    left    the outputs [out] of a layer that other removals have left, where these are not all
+    """
+    weights = {name: _with_bias(before.layers[name]) for name in layers}
+    weights = {name: weight[left[name]] if name in left else weight for name, weight in weights.items()}
+    total, held = ({name: _Sums.zero(weight) for name, weight in weights.items()} for _ in range(2))
+    place = find_sum(before, next(iter(layers))) if whole and len(layers) == 1 and not left else None
+    spread = _Spread()
+    for index, (old, new) in enumerate(zip(before.calls, now.calls, strict=True)):
+        was, seen = _look(before, layers, old, place), _look(now, layers, new, place)
+        if place is not None:
+            spread.add(_flat(now.layers[next(iter(layers))], was.later[place]))
+        for name, square, product in _products(was, seen, now.layers, place, left):
+            for sums in (total, held)[: 2 if index % _PARTS == _PARTS - 1 else 1]:
+                sums[name].add(square, product)
+    _check_finite(total)
+    return [
+        Reading(weight, total[name].gram, total[name].wanted, layers[name],
+                (held[name].gram, held[name].wanted) if len(now.calls) >= _PARTS else None,
+                None if place is None else spread.total)
+        for name, weight in weights.items()
+    ]  # fmt: skip
+
+
+def _products(
+    was: _Seen, seen: _Seen, layers: Mapping[str, nn.Module], place: str | None, left: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """X^T X and Y^T X of every layer, float64, with a column of ones in X; the first one once for layers that read the
+    same tensor."""
+    grams: dict[Any, Tensor] = {}
+    for name, read_now in seen.read.items():
+        x = rows(layers[name], read_now)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        key = (id(read_now), *geometry(layers[name]))
+        if key not in grams:
+            grams[key] = gram(x).double()
+        wanted = was.gave[name] if place is None else was.later[place] - (seen.later[place] - seen.gave[name])
+        y = _flat(layers[name], wanted)
+        y = y[:, left[name]] if name in left else y
+        yield name, grams[key], (y.T @ x).double()
+
+
+def _with_bias(layer: nn.Module) -> Tensor:
+    """[out, in], float64, with the bias as a last column where there is one."""
+    weight, bias = matrix(layer).double(), layer.bias
+    return torch.cat([weight, bias.detach().double()[:, None]], dim=1) if isinstance(bias, Tensor) else weight
+
+
+def _check_finite(sums: dict[str, _Sums]) -> None:
+    bad = [n for n, s in sums.items() if not bool(torch.isfinite(s.gram).all() and torch.isfinite(s.wanted).all())]
+    if bad:
+        raise InputRefused("DT303", "calibration samples must give finite activations (got NaN or infinity at "
+                           f"{bad[0]})", fix="check samples() for NaN, and the model for overflow")  # fmt: skip
+
+
+def find_sum(block: Block, name: str) -> str | None:
+    """Where the output of a layer arrives with something added: the name of the module in the block that reads the sum,
+    "" for the block's own output; None where it arrives nowhere unchanged. Seen by disturbing it in the first call."""
+    clean = _look(block, [name], block.calls[0], None, everywhere=True)
+    gave = clean.gave[name]
+    noise = torch.randn(gave.shape, generator=torch.Generator().manual_seed(0)) * (float(gave.std()) + 1e-6)
+    noise = noise.to(gave.dtype)
+    later = _look(block, [name], block.calls[0], None, everywhere=True, added=noise).later
+    close = _SAME * float(noise.abs().max())
+    found = [place for place, value in clean.later.items()
+             if place in later and float((later[place] - value - noise).abs().max()) <= close]  # fmt: skip
+    return found[-1] if found else None
+
+
+class _Spread:
+    """The sum of squares of rows about their mean."""
+
+    def __init__(self) -> None:
+        self.count, self.first, self.second = 0, torch.zeros((), dtype=torch.float64), 0.0
+
+    def add(self, values: Tensor) -> None:
+        self.count += len(values)
+        self.first = self.first + values.double().sum(dim=0)
+        self.second += float(values.double().square().sum())
+
+    @property
+    def total(self) -> float:
+        return self.second - float(self.first.square().sum()) / self.count
+
+
+def _flat(layer: nn.Module, outputs: Tensor) -> Tensor:
+    """Outputs as rows [n, out], in the order of `rows`."""
+    last = outputs if isinstance(layer, nn.Linear) else outputs.movedim(1, -1)
+    return last.reshape(-1, last.shape[-1])
+
+
+def _look(
+    block: Block, layers: Iterable[str], call: Call, place: str | None, *, everywhere: bool = False,
+    added: Tensor | None = None,
+) -> _Seen:  # fmt: skip
+    """One call of the block, which ends when the layers have run and the place is reached; with `added` to outputs."""
+    seen, names = _Seen(), list(layers)
+    copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of inputs, held so that no identity is used twice
+
+    def gave(name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        seen.read[name] = _once(copies, args[0])
+        seen.gave[name] = output.clone()
+        if place is None and not everywhere and len(seen.gave) == len(names):
+            raise _Enough
+        return output if added is None else output + added
+
+    def arrived(where: str, value: Any) -> None:
+        last = seen.gave.get(names[-1])
+        if last is None or not isinstance(value, Tensor) or value.shape != last.shape or where in seen.later:
+            return
+        seen.later[where] = value.clone()
+        if not everywhere and where:
+            raise _Enough
+
+    places = [n for n, _ in block.module.named_modules()] if everywhere else [place]
+    handles = [block.module.get_submodule(where).register_forward_pre_hook(
+        lambda _, args, where=where: arrived(where, args[0] if args else None))
+        for where in places if where]  # fmt: skip
+    handles += [block.layers[name].register_forward_hook(partial(gave, name)) for name in names]
+    try:
+        for leaf in leaves(replay(block.module, call)):
+            arrived("", leaf)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _once(copies: dict[tuple[int, int], tuple[Tensor, Tensor]], value: Tensor) -> Tensor:
+    """A copy of the value as it is now, the same for all layers that read it so."""
+    key = (id(value), value._version)
+    if key not in copies:
+        copies[key] = (value, value.clone())
+    return copies[key][1]
