@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.calls import Call, Reached, plain_forward, record_calls, replay
+from deploytool.compress.calls import Call, Reached, plain_forward, record_calls, replay, sharing_equal
 from deploytool.compress.chain import follow, trace
 from deploytool.compress.matrices import Measure, geometry, gram, rows
 from deploytool.errors import InputRefused
@@ -96,8 +96,8 @@ class Block:
         parts: dict[tuple[str, ...], Total] = {}
         for call in self.calls:
             for names, x in _shared_rows(self.module, call, watched, once=once):
-                value = measure(x).double()
-                part = parts.setdefault(names, Total(torch.zeros_like(value), 0))
+                value = measure(x)
+                part = parts.setdefault(names, Total(torch.zeros_like(value, dtype=torch.float64), 0))
                 part.sum += value
                 part.rows += len(x)
         totals = _per_layer(parts, watched)
@@ -131,10 +131,12 @@ def paired_moments(
         for (_, x0), (readers, x) in pairs:
             if ones:
                 x0, x = (torch.cat([t, t.new_ones(len(t), 1)], dim=1) for t in (x0, x))
-            zero = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-            part = parts.setdefault(readers, Moments(zero, zero.clone(), 0))
-            part.gram += gram(x).double()
-            part.cross += (x0.T @ x).double()
+            if readers not in parts:
+                zero = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+                parts[readers] = Moments(zero, zero.clone(), 0)
+            part = parts[readers]
+            part.gram += gram(x)
+            part.cross += x0.T @ x
             part.rows += len(x)
     _check_finite({name: part.cross + part.gram for readers, part in parts.items() for name in readers})
     read = {name: [part for readers, part in parts.items() if name in readers] for name in names}
@@ -206,7 +208,12 @@ def _by_block(module: nn.Module, layers: list[str]) -> dict[str, list[str]]:
 
 
 def _calls_of(runs: Sequence[Callable[[], object]], block: nn.Module, *, first_only: bool) -> list[Call]:
-    return [call for run in runs for call in record_calls(run, block, first_only=first_only)]
+    """What reaches the block in all runs; tensors that are equal in the first call are held once."""
+    calls: list[Call] = []
+    for run in runs:
+        calls += [sharing_equal(call, calls[0]) if calls else call
+                  for call in record_calls(run, block, first_only=first_only)]  # fmt: skip
+    return calls
 
 
 def _shared_rows(
@@ -251,10 +258,15 @@ def _per_layer(parts: dict[tuple[str, ...], Total], layers: Iterable[str]) -> di
         if not keys:
             continue
         if keys not in made:
-            sums = [parts[key] for key in keys]
-            made[keys] = Total(torch.stack([s.sum for s in sums]).sum(dim=0), sum(s.rows for s in sums))
+            made[keys] = _total([parts[key] for key in keys])
         totals[layer] = made[keys]
     return totals
+
+
+def _total(parts: list[Total]) -> Total:
+    if len(parts) == 1:
+        return parts[0]
+    return Total(torch.stack([part.sum for part in parts]).sum(dim=0), sum(part.rows for part in parts))
 
 
 def check_samples(samples: Sequence[Sample]) -> None:

@@ -59,6 +59,21 @@ def replay(module: nn.Module, call: Call) -> Any:
         return module(*args, **kwargs)
 
 
+def sharing_equal(call: Call, other: Call) -> Call:
+    """The call with those tensors of another one that equal its own, such as masks and positions, to hold them once."""
+    mine, theirs = leaves(call), leaves(other)
+    if len(mine) != len(theirs):
+        return call
+    made: Call = refill(call, (b if _equal(a, b) else a for a, b in zip(mine, theirs, strict=True)))
+    return made
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(two, torch.Tensor):
+        return False
+    return one.dtype == two.dtype and one.device == two.device and torch.equal(one, two)
+
+
 def leaves(value: Any) -> list[Any]:
     """What tuples, lists and dicts hold, depth first; anything else is a leaf."""
     if isinstance(value, (tuple, list)):

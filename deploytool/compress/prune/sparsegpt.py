@@ -126,9 +126,12 @@ def _wanted(original: tuple[Tensor, Tensor], total: Tensor, damping: float) -> t
     """
     weight, cross = original
     ridge = damping * float(total.diagonal().mean()) or 1.0
-    damped, wanted = total.clone(), cross.clone()
-    for matrix in (damped, wanted):
-        matrix.diagonal().add_(ridge)
+    damped = total.clone()
+    damped.diagonal().add_(ridge)
+    if cross is total:
+        return damped, weight.double() @ damped
+    wanted = cross.clone()
+    wanted.diagonal().add_(ridge)
     return damped, weight.double() @ wanted
 
 
