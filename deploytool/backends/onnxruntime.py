@@ -17,6 +17,7 @@ from deploytool.backends.base import Built, Request, portable_of
 from deploytool.backends.engine import EngineRunner, threads_of
 from deploytool.backends.ort_generate import SharedCache
 from deploytool.backends.ort_rows import run_rows
+from deploytool.backends.shipped_runner import ship
 from deploytool.decoding import PAST, PRESENT, decodes
 from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.signature import Feeds, Signature
@@ -84,7 +85,7 @@ class OnnxRuntime:
                 raise UsageProblem("DT202", f"precision must be fp32, fp16, int8 or int4 for ONNX Runtime on CPUs "
                                             f"(got {other})")  # fmt: skip
         if decodes(request.signature) and (request.out / "tokenizer.json").is_file():
-            shutil.copyfile(ort_generate.__file__, request.out / "generate.py")
+            ship(Path(ort_generate.__file__), request.out)
         if options.format == "ort":
             from deploytool.backends import ort_format
 

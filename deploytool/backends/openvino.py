@@ -1,10 +1,11 @@
-"""OpenVINO on CPUs: the portable graph as fp32 IR, or quantized by NNCF (openvino_int8.py)."""
+"""OpenVINO on CPUs: the portable graph as fp32 IR, or quantized by NNCF (openvino_int8.py). Language models keep their
+cache in the engine (openvino_states.py)."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,20 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino as ov  # noqa: E402
 
 from deploytool.artifact import Artifact  # noqa: E402
-from deploytool.backends import tables  # noqa: E402
+from deploytool.backends import openvino_generate, tables  # noqa: E402
 from deploytool.backends.base import Built, Request, portable_of  # noqa: E402
 from deploytool.backends.engine import EngineRunner, threads_of  # noqa: E402
+from deploytool.backends.openvino_generate import KeptCache  # noqa: E402
+from deploytool.backends.openvino_states import BEAMS, cache_pairs, keep_cache  # noqa: E402
+from deploytool.backends.shipped_runner import ship  # noqa: E402
+from deploytool.decoding import TOKENS  # noqa: E402
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem  # noqa: E402
 from deploytool.runner import Runner  # noqa: E402
 from deploytool.signature import Feeds, Signature  # noqa: E402
 
 ENTRY = "model.xml"
 GRAPH = "model.onnx"
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class OpenVino:
             raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for OpenVINO on CPUs (got {precision})")
         trained = "input_grids" in portable_of(request).settings
         if trained and precision == "int8" and options.scheme == "auto" and not options.weights_only:
-            return _build_learned(request)
+            return _finished(*_learned(request), request, options)
         path = portable_of(request).main_file
         model = _imported(path)
         settings: dict[str, Any] = {}
@@ -53,8 +59,7 @@ class OpenVino:
             from deploytool.backends.openvino_int8 import quantize
 
             model, settings = quantize(model, request, options)
-        ov.save_model(model, request.out / ENTRY, compress_to_fp16=False)
-        return Built("openvino", ENTRY, precision, settings=settings)
+        return _finished(model, settings, request, options)
 
     def open(self, artifact: Artifact) -> Runner:
         """Compile the IR for the CPU, for the latency of single requests."""
@@ -62,17 +67,26 @@ class OpenVino:
             compiled = compile_ir(ov.Core().read_model(artifact.main_file), threads_of(artifact))
         except RuntimeError as error:
             raise BackendFailed("DT504", f"OpenVINO must compile {artifact.entry} (got: {error})"[:2000]) from error
-        return CompiledRunner(compiled, artifact.signature)
+        kept = bool(artifact.settings.get("stateful"))
+        return StatefulRunner(compiled, artifact.signature) if kept else CompiledRunner(compiled, artifact.signature)
 
 
-def _build_learned(request: Request) -> Built:
-    """The IR of a model that was trained on grids, computed with those."""
+def _finished(model: ov.Model, settings: dict[str, Any], request: Request, options: tables.OpenVinoBuild) -> Built:
+    """Keep the cache of a language model in the engine and save the model."""
+    settings = settings | keep_cache(model, request.signature, options.stateful)
+    ov.save_model(model, request.out / ENTRY, compress_to_fp16=False)
+    if settings.get("stateful") and (request.out / "tokenizer.json").is_file():
+        ship(Path(openvino_generate.__file__), request.out)
+    return Built("openvino", ENTRY, request.target.precision, settings=settings)
+
+
+def _learned(request: Request) -> tuple[ov.Model, dict[str, Any]]:
+    """The model that was trained on grids, computed with those."""
     from deploytool.backends.onnx_learned import write_learned
 
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
         settings = write_learned(portable_of(request), replace(request, out=Path(folder)), "openvino")
-        ov.save_model(_imported(Path(folder) / GRAPH), request.out / ENTRY, compress_to_fp16=False)
-    return Built("openvino", ENTRY, "int8", settings=settings)
+        return _imported(Path(folder) / GRAPH), dict(settings)
 
 
 def _imported(path: Path) -> ov.Model:
@@ -88,19 +102,21 @@ def compile_ir(model: ov.Model, threads: int) -> ov.CompiledModel:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",  # CPUs with bf16 would compute in it otherwise
+        "KV_CACHE_PRECISION": "f32",  # caches are rounded to 8 bits otherwise
     }
     return ov.Core().compile_model(model, "CPU", config)
 
 
 class CompiledRunner(EngineRunner):
-    """Runs a compiled model; inputs and outputs are matched by tensor name."""
+    """Runs a compiled model; inputs and outputs are matched by tensor name; those that are `kept` are variables."""
 
-    def __init__(self, compiled: ov.CompiledModel, signature: Signature) -> None:
+    def __init__(self, compiled: ov.CompiledModel, signature: Signature, kept: Mapping[str, str] = _NOTHING) -> None:
         super().__init__(signature)
         try:
-            self.outputs = [compiled.output(name) for name in signature.output_names]
+            self.outputs = [compiled.output(name) for name in signature.output_names if name not in kept.values()]
             for name in signature.input_names:
-                compiled.input(name)
+                if name not in kept:
+                    compiled.input(name)
         except RuntimeError as error:
             raise BackendFailed("DT504", "the IR must have the inputs and outputs of the signature "
                                          f"(got: {error})"[:2000]) from error  # fmt: skip
@@ -115,6 +131,39 @@ class CompiledRunner(EngineRunner):
             raise BackendFailed("DT504", f"OpenVINO must run the graph (got: {error})"[:2000],
                                 detail=[f"{n}: {list(a.shape)}" for n, a in feeds.items()]) from error  # fmt: skip
         return [results[output] for output in self.outputs]
+
+
+class StatefulRunner(CompiledRunner):
+    """Runs a model that keeps its cache: past inputs become the variables before, present outputs are read after."""
+
+    def __init__(self, compiled: ov.CompiledModel, signature: Signature) -> None:
+        self._pairs = cache_pairs(signature)
+        super().__init__(compiled, signature, self._pairs)
+        self._compiled = compiled
+        self._beams = any(BEAMS in port.get_names() for port in compiled.inputs)
+        states = {state.name: state for state in self.request.query_state()}
+        if states.keys() != {past + present for past, present in self._pairs.items()}:
+            raise BackendFailed("DT504", "the IR must have the cache of the signature as its variables "
+                                         f"(got: {', '.join(sorted(states))})"[:2000])  # fmt: skip
+        self._states = {past: states[past + present] for past, present in self._pairs.items()}
+
+    def infer(self, feeds: Feeds) -> Sequence[np.ndarray]:
+        """One request from the cache that is fed; nothing of the last one stays."""
+        self.request.reset_state()
+        for past, state in self._states.items():
+            if feeds[past].size:
+                state.state = ov.Tensor(np.ascontiguousarray(feeds[past]))
+        given = {name: array for name, array in feeds.items() if name not in self._pairs}
+        if self._beams:
+            given[BEAMS] = np.arange(len(feeds[TOKENS]), dtype=np.int32)
+        found = dict(zip((name for name in self.signature.output_names if name not in self._pairs.values()),
+                         super().infer(given), strict=True))  # fmt: skip
+        found |= {present: self._states[past].state.data for past, present in self._pairs.items()}
+        return [found[name] for name in self.signature.output_names]
+
+    def decoder(self, capacity: int) -> KeptCache:
+        """Decodes one sequence of up to `capacity` tokens; the cache stays in the engine."""
+        return KeptCache(self._compiled, capacity)
 
 
 BACKEND = OpenVino()

@@ -12,6 +12,7 @@ from deploytool.artifact import Artifact
 from deploytool.backends.cut import CutGraph, CutNode, Stored
 from deploytool.backends.onnx_cut import portable_graph
 from deploytool.backends.openvino import compile_ir
+from deploytool.backends.openvino_states import without_states
 from deploytool.errors import BackendFailed
 from deploytool.signature import Feeds, Outputs
 
@@ -33,7 +34,7 @@ class OpenVinoGraph:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._names: dict[str, str] = {}  # every name of a tensor -> the one that is used
-        model = ov.Core().read_model(path)
+        model = without_states(ov.Core().read_model(path))
         self._constants = {_key(op.output(0)): op for op in model.get_ops() if op.get_type_name() == "Constant"}
         plain = [op for op in model.get_ordered_ops() if op.get_type_name() not in ("Constant", "Parameter", "Result")]
         self.nodes = tuple(node for op in plain for node in self._nodes_of(op))
@@ -63,7 +64,7 @@ class OpenVinoGraph:
 
     def run(self, wanted: Sequence[str], given: Feeds) -> Outputs:
         """The sub-model between `given` and `wanted`; see CutGraph."""
-        model = ov.Core().read_model(self._path)
+        model = without_states(ov.Core().read_model(self._path))
         ports = {name: output for op in model.get_ordered_ops() for output in op.outputs()
                  for name in (_key(output), *output.get_names())}  # fmt: skip
         results = _results(model, [ports[name] for name in wanted])

@@ -1,7 +1,4 @@
-#!/usr/bin/env python
-"""Generates text with the language model beside this file: NumPy, onnxruntime and tokenizers are all that it needs.
-
-    python generate.py "Once upon a time" --tokens 64
+"""Decodes one sequence with ONNX Runtime: NumPy and onnxruntime are all that it needs.
 
 The cache is one buffer per layer that past and present share, where the graph can write in place; else each step's
 cache is handed to the next.
@@ -9,11 +6,8 @@ cache is handed to the next.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +64,6 @@ class SharedCache:
             binding.bind_cpu_input(name, array)
 
 
-def chosen(scores: np.ndarray, temperature: float, random: np.random.Generator) -> int:
-    """The most likely token at temperature 0, else one drawn from softmax(scores / temperature)."""
-    if temperature <= 0:
-        return int(scores.argmax())
-    weights = np.exp((scores - scores.max()).astype(np.float64) / temperature)
-    return int(random.choice(len(weights), p=weights / weights.sum()))
-
-
-def generate(
-    decoder: SharedCache, prompt: Sequence[int], count: int, *, temperature: float = 0.0, seed: int = 0,
-    stop: frozenset[int] = frozenset(),
-) -> Iterator[int]:  # fmt: skip
-    """Up to `count` tokens after `prompt`, until one of `stop` comes."""
-    random = np.random.default_rng(seed)
-    fed = list(prompt)
-    for _ in range(count):
-        token = chosen(decoder.step(fed), temperature, random)
-        if token in stop:
-            return
-        yield token
-        fed = [token]
-
-
 def open_model(folder: Path) -> tuple[ort.InferenceSession, bool]:
     """The session of the artifact in `folder` with its own settings, and whether it writes its cache in place."""
     settings = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))["settings"]
@@ -110,47 +81,7 @@ def open_model(folder: Path) -> tuple[ort.InferenceSession, bool]:
     return session, settings.get("rows") == "single"
 
 
-def _stops(folder: Path) -> frozenset[int]:
-    """The tokens that end a text, where the model's files name them."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if ends is not None:
-                return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", help="the text to go on with")
-    parser.add_argument("--tokens", type=int, default=64, help="how many new tokens at most")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    from tokenizers import Tokenizer
-
-    folder = Path(__file__).resolve().parent
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def open_decoder(folder: Path, capacity: int) -> SharedCache:
+    """The decoder of the artifact in `folder`, for one sequence of up to `capacity` tokens."""
     session, in_place = open_model(folder)
-    prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
-    decoder = SharedCache(session, len(prompt) + options.tokens, in_place)
-    started, first, tokens = time.perf_counter(), 0.0, []
-    print(options.prompt, end="", flush=True)
-    told = tokenizer.decode(prompt)
-    for token in generate(decoder, prompt, options.tokens, temperature=options.temperature, seed=options.seed,
-                          stop=_stops(folder)):  # fmt: skip
-        first = first or time.perf_counter() - started
-        tokens.append(token)
-        text = tokenizer.decode([*prompt, *tokens])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character: the next token completes it
-            print(text[len(told) :], end="", flush=True)
-            told = text
-    seconds = time.perf_counter() - started - first
-    print()
-    print(f"{len(prompt)} tokens read in {first:.3f} s; {max(0, len(tokens) - 1) / max(seconds, 1e-9):.1f} tokens/s",
-          file=sys.stderr)  # fmt: skip
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return SharedCache(session, capacity, in_place)

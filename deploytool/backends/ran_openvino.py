@@ -10,6 +10,7 @@ import openvino as ov
 
 from deploytool.artifact import Artifact
 from deploytool.backends.openvino import CompiledRunner, OpenVino
+from deploytool.backends.openvino_states import without_states
 from deploytool.backends.ran import Node, attention, convolution, product, recurrent
 from deploytool.runner import Runner
 from deploytool.signature import Feeds
@@ -58,7 +59,7 @@ def _flops(artifact: Artifact, feeds: Feeds) -> tuple[dict[str, int], dict[str, 
 
     A product that takes a bias in, or a scale, is known by that one's name only.
     """
-    model = ov.Core().read_model(artifact.main_file)
+    model = without_states(ov.Core().read_model(artifact.main_file))
     model.reshape({name: ov.PartialShape(list(np.shape(array))) for name, array in feeds.items()})
     found: dict[str, int] = {}
     follows: dict[str, str] = {}

@@ -119,8 +119,9 @@ class OnnxRuntimeBuild(KeepFp32):
 
 
 class OpenVinoBuild(KeepFp32):
-    """For int8 and int4 only.
+    """`stateful` holds for every precision, the rest for int8 and int4 only.
 
+    stateful              a language model's cache is kept in the engine while it decodes; left out: where it has one
     weights_only          weights in int8 (or int4, which is always so), activations in floating point
     method                of int4: "plain" rounds to the nearest; the others read calibration feeds
     group_size            of int4: weights that share a scale, along the input; smaller where it does not divide them
@@ -135,6 +136,7 @@ class OpenVinoBuild(KeepFp32):
                           go back to fp32, those that cost most first, until it is kept
     """
 
+    stateful: bool | None = None
     weights_only: bool = False
     method: Literal["plain", "scale-estimation", "awq", "gptq"] = "gptq"
     group_size: int = Field(default=64, ge=8, le=4096)

@@ -253,10 +253,14 @@ def open_onnx(path: str, outputs: list[str], threads: int, settings: Json) -> En
 def open_openvino(path: str, inputs: list[str], outputs: list[str], threads: int) -> Engine:
     ov = runtime("openvino")
     # Processors with bf16 units would compute in bf16 unless told otherwise.
-    settings: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
+                                   "KV_CACHE_PRECISION": "f32"}  # fmt: skip
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = ov.Core().compile_model(path, "CPU", settings)
+    request = compiled.create_infer_request()
+    if request.query_state():
+        return keeping_cache(ov, compiled, request, inputs, outputs)
 
     def run(feeds: Arrays) -> Arrays:
         result = compiled([feeds[name] for name in inputs])
@@ -265,6 +269,30 @@ def open_openvino(path: str, inputs: list[str], outputs: list[str], threads: int
     for ports, names in ((compiled.inputs, inputs), (compiled.outputs, outputs)):
         if len(ports) != len(names) or any(p.names and n not in p.names for p, n in zip(ports, names, strict=True)):
             raise ValueError(f"the engine must have {', '.join(names)} in this order")
+    return run
+
+
+def keeping_cache(ov: Any, compiled: Any, request: Any, inputs: list[str], outputs: list[str]) -> Engine:
+    """A language model whose engine keeps the cache: a variable has the names of its input and output, joined."""
+    states = {state.name: state for state in request.query_state()}
+    pairs = {name: f"present.{name.removeprefix('past_key_values.')}" for name in inputs
+             if name.startswith("past_key_values.")}  # fmt: skip
+    ports = {name for port in compiled.inputs for name in port.get_names()}
+    if states.keys() != {a + b for a, b in pairs.items()} or ports - {"beam_idx"} != set(inputs) - pairs.keys():
+        raise ValueError("the engine must keep the cache of the signature as its variables, and take what is left")
+    given = {name: compiled.output(name) for name in outputs if name not in pairs.values()}
+
+    def run(feeds: Arrays) -> Arrays:
+        request.reset_state()
+        for past, present in pairs.items():
+            if feeds[past].size:
+                states[past + present].state = ov.Tensor(np.ascontiguousarray(feeds[past]))
+        rows = {"beam_idx": np.arange(len(feeds["input_ids"]), dtype=np.int32)}
+        result = request.infer({**{name: feeds[name] for name in inputs if name not in pairs},
+                                **({} if "beam_idx" not in ports else rows)})  # fmt: skip
+        found = {name: np.array(result[port]) for name, port in given.items()}
+        return {**found, **{b: np.array(states[a + b].state.data) for a, b in pairs.items()}}
+
     return run
 
 
