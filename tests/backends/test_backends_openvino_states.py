@@ -69,10 +69,13 @@ def test_the_engine_appends_in_place(workshop: Workshop) -> None:
     with open_artifact(workshop.artifact("decoder", "openvino")) as runner:
         assert isinstance(runner, StatefulRunner)
         graph = runner.request.get_compiled_model().get_runtime_model()
-    kinds = {node.get_friendly_name(): str(node.get_rt_info()["layerType"].value) for node in graph.get_ops()}
-    readers = [kinds[target.get_node().get_friendly_name()] for node in graph.get_ops()
-               if kinds[node.get_friendly_name()] == "MemoryInput" for target in node.output(0).get_target_inputs()]  # fmt: skip
+    kept = [node for node in graph.get_ops() if _kind(node) == "MemoryInput"]
+    readers = [_kind(target.get_node()) for node in kept for target in node.output(0).get_target_inputs()]
     assert readers and set(readers) <= {"ScaledDotProductAttention", "MemoryOutput"}
+
+
+def _kind(node: ov.Node) -> str:
+    return str(node.get_rt_info()["layerType"].value)
 
 
 def test_every_output_is_that_of_eager(workshop: Workshop, stateless: Artifact) -> None:
@@ -219,9 +222,13 @@ def test_the_shipped_runner_generates(workshop: Workshop) -> None:
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.save(str(request.out / "tokenizer.json"))
     artifact = build_artifact(request, {})
-    code = ("import json, runpy, sys; sys.argv = ['generate.py', 'w3 w4 w5', '--tokens', '6']\n"
-            "try: runpy.run_path(FILE, run_name='__main__')\n"
-            "except SystemExit: print(json.dumps(sorted({'torch', 'deploytool', 'onnxruntime'} & set(sys.modules))))")  # fmt: skip
+    code = """import json, runpy, sys
+sys.argv = ["generate.py", "w3 w4 w5", "--tokens", "6"]
+try:
+    runpy.run_path(FILE, run_name="__main__")
+except SystemExit:
+    print(json.dumps(sorted({"torch", "deploytool", "onnxruntime"} & set(sys.modules))))
+"""
     code = code.replace("FILE", repr(str(artifact.folder / "generate.py")))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     with open_artifact(artifact) as runner:
