@@ -22,6 +22,7 @@ from deploytool.artifact import Artifact
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
 from deploytool.backends.openvino import StatefulRunner, compile_ir
 from deploytool.backends.openvino_attention import fuse_attention
+from deploytool.backends.openvino_cut import OpenVinoGraph
 from deploytool.backends.openvino_generate import KeptCache
 from deploytool.backends.openvino_states import BEAMS, cache_pairs, keep_cache, without_states
 from deploytool.bundle.selftest import open_openvino
@@ -192,6 +193,16 @@ def test_states_become_inputs_again(workshop: Workshop, stateless: Artifact) -> 
         found = compiled(dict(feeds))
         for name, array in workshop.reference("decoder", feeds).items():
             np.testing.assert_allclose(found[compiled.output(name)], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_it_can_be_cut(workshop: Workshop) -> None:
+    """Bisection finds the cache as inputs and outputs of the graph, and computes every output from them."""
+    graph = OpenVinoGraph(workshop.artifact("decoder", "openvino").main_file)
+    feeds = workshop.feeds("decoder")[3]
+    reference = workshop.reference("decoder", feeds)
+    assert same([graph.run(list(reference), feeds)], [reference])
+    made = {name for node in graph.nodes for name in node.outputs}
+    assert made >= set(reference) and not {"ReadValue", "Assign"} & {node.kind for node in graph.nodes}
 
 
 def test_a_graph_with_other_variables_is_refused(workshop: Workshop) -> None:
