@@ -47,8 +47,9 @@ def artifact_folders(path: Path) -> list[Path]:
 def left_over(path: Path, found: Mapping[str, Artifact]) -> tuple[list[str], dict[str, str]]:
     """Of the artifacts in an export's output those that its last export did not write: (of that model too, stale).
 
-    `stale` says why for each: the last export was of another model, or of a changed one, or failed for that target.
-    Nothing is left over where no report of an export lies beside the artifacts. Raises InputRefused where it is broken.
+    `stale` says why for each: the last export was of another model, or of a changed one, or failed for that target, or
+    nothing that it wrote is here to tell of what model it was. Nothing is left over where no report of an export lies
+    beside the artifacts. Raises InputRefused where it is broken.
     """
     report = path / artifacts.REPORT
     if not report.is_file() or (path / artifacts.MANIFEST).is_file():
@@ -65,6 +66,8 @@ def left_over(path: Path, found: Mapping[str, Artifact]) -> tuple[list[str], dic
     stale = {name: "the last export failed for it" for name in older if name in failed}
     stale |= {name: "it is of another model, or of this one before it was changed" for name, a in older.items()
               if models and a.model.get("fingerprint") not in models}  # fmt: skip
+    if not models:
+        stale = dict.fromkeys(older, "the last export left no artifact here to show that it is of that model") | stale
     return [name for name in older if name not in stale], stale
 
 

@@ -109,6 +109,10 @@ def test_what_an_earlier_export_left_is_said_or_refused(tmp_path: Path, capsys: 
     assert run(["package", str(out), "-o", str(tmp_path / "c")]) == 3
     said = capsys.readouterr()
     assert "DT311" in said.err and "old: it is of another model" in said.err and not (tmp_path / "c").exists()
+    write_export(out, new="failed")
+    assert run(["package", str(out), "-o", str(tmp_path / "c")]) == 3
+    said = capsys.readouterr().err
+    assert "ort: the last export left no artifact" in said and "packed too" not in said
     assert run(["package", str(ort.folder), "-o", str(tmp_path / "c")]) == 0
     (out / "report.json").write_text("[]")
     assert run(["package", str(out), "-o", str(tmp_path / "d")]) == 3
@@ -174,6 +178,7 @@ def test_long_names_are_refused_or_kept(tmp_path: Path) -> None:
 
 def test_only_what_was_proved_is_packed(tmp_path: Path) -> None:
     """Changed files, failed parity, a foreign, missing or stale report and missing cases each stop the packing."""
+
     def attempt(artifact: Artifact) -> None:
         pack([artifact], tmp_path / "bundle", name="tiny", version="1")
 
