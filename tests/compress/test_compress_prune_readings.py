@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.compress.blocks import Block
-from deploytool.compress.prune.readings import find_sum, read
-from deploytool.compress.prune.structured import Removal, _refit_makers
+from deploytool.compress.prune.readings import _Spread, find_sum, read
+from deploytool.compress.prune.structured import Removal, _ignore, _refit_makers
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
 
@@ -80,6 +80,18 @@ def test_losses_are_shares_of_the_spread_of_the_sum() -> None:
     assert spread == pytest.approx(float((sums - sums.mean(dim=0)).square().sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_sums_that_never_vary_have_no_spread(seed: int) -> None:
+    """Rounding must not make it less than nothing, which would turn the order of removal around."""
+    spread = _Spread()
+    row = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))
+    for _ in range(12):
+        spread.add(row.expand(3, 8))
+    assert spread.total == 0.0
+    spread.add(1.01 * row)
+    assert spread.total > 0
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_makers_give_what_they_gave_before(fixed: bool) -> None:
     """A layer that makes units must be fitted to the inputs that it gets by now, unless it has to stay as it is."""
@@ -94,3 +106,24 @@ def test_makers_give_what_they_gave_before(fixed: bool) -> None:
         _refit_makers(now, before, removal, Structured(step="structured", remove=0.5))
         new = float((now.module.up(x) - wanted).square().mean())
     assert new == old if fixed else new < 0.1 * old
+
+
+@pytest.mark.parametrize(("kind", "count"), [("after", 0), ("scaled", 3)])
+def test_readers_keep_the_zeros_of_earlier_steps(kind: str, count: int) -> None:
+    """Weights that an earlier step pruned must stay zero, and the others must make good for what the inputs lost."""
+    before, now = _block(kind, _rows(1)), _block(kind, _rows(1) + 0.3 * _rows(2))
+    mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(3)) < 0.5
+    with torch.no_grad():
+        for block in (before, now):
+            block.module.down.weight.mul_(mask)
+    group = Group([{"block.up": [i]} for i in range(9)], [{"block.down": [i]} for i in range(9)])
+    removal = Removal(group, "neurons", count, [], masks={"block.down.weight": mask})
+    with torch.no_grad():
+        wanted = before.module(_rows(1))[0]
+        old = float((now.module(now.calls[0][0][0])[0] - wanted[:10]).square().mean())
+        _ignore(now, before, ["block.down"], removal, None, Structured(step="structured", remove=0.5))
+        weight = now.module.down.weight
+        new = float((now.module(now.calls[0][0][0])[0] - wanted[:10]).square().mean())
+    assert bool((weight[~mask] == 0).all()) and int((weight[mask] != 0).sum()) > 0
+    assert bool((weight[:, removal.units] == 0).all()) and len(removal.units) == count
+    assert count or new < old

@@ -24,6 +24,7 @@ from deploytool.errors import InputRefused
 
 _PARTS = 4  # one of so many calls is held out
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+_ROUNDING = 1e-12  # of the sum of squares: what subtracting the mean leaves of equal rows
 _SAME = 1e-3  # of the largest disturbance: how exactly it must come back
 
 
@@ -140,7 +141,7 @@ def find_sum(block: Block, name: str) -> str | None:
 
 
 class _Spread:
-    """The sum of squares of rows about their mean."""
+    """The sum of squares of rows about their mean; 0 where they differ by rounding only."""
 
     def __init__(self) -> None:
         self.count, self.first, self.second = 0, torch.zeros((), dtype=torch.float64), 0.0
@@ -152,7 +153,8 @@ class _Spread:
 
     @property
     def total(self) -> float:
-        return self.second - float(self.first.square().sum()) / self.count
+        total = self.second - float(self.first.square().sum()) / self.count
+        return total if total > _ROUNDING * self.second else 0.0
 
 
 def _flat(layer: nn.Module, outputs: Tensor) -> Tensor:

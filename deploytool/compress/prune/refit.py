@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deploytool.compress.prune.repair import fit_kept
 from deploytool.errors import BackendFailed
 
 DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -50,6 +51,14 @@ def best_weight(weight: Tensor, gram: Tensor, wanted: Tensor, kept: Tensor, damp
     right = wanted[:, kept] + ridge * weight[:, kept].double()
     best: Tensor = torch.cholesky_solve(right.T, _lower(gram[kept][:, kept], ridge)).T
     return best
+
+
+def best_kept(start: Tensor, reading: Reading, keep: Tensor, damping: float) -> Tensor:
+    """The same where only the entries in `keep` [out, in] may differ from zero, from `start` [out, in] on; float32."""
+    ridge = damping * float(reading.gram.diagonal().mean()) or 1.0
+    damped = reading.gram.clone()
+    damped.diagonal().add_(ridge)
+    return fit_kept(start * keep, keep, damped, reading.wanted + ridge * reading.weight.double())
 
 
 def best_damping(reading: Reading, kept: Tensor) -> float:

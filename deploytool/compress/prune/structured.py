@@ -22,7 +22,7 @@ from deploytool.compress.prune.budget import least_loss, same_share, unit_weight
 from deploytool.compress.prune.discover import discover, kind
 from deploytool.compress.prune.importance import columns, losses, unit_scores
 from deploytool.compress.prune.readings import home, read
-from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, best_damping, best_weight, removal_order
+from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, best_damping, best_kept, best_weight, removal_order
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
 from deploytool.compress.select import select
@@ -40,7 +40,8 @@ _HEADS = re.compile(r"n?(\w+_)?heads?")  # num_heads, n_head, nhead, num_attenti
 class Removal:
     """What goes from one group: kind, how many units, and in a run which, in what layers.
 
-    `rows` are the outputs [n] that removals before it have left of a layer, by its name; one object for all removals.
+    `rows` are the outputs [n] that removals before it have left of a layer, by its name, and `masks` what is not zero
+    since earlier steps, by the weight's name, as removals have left it; one object each for all removals.
     `fixed` are makers that stay as they are: those that also read units, and those with zeros of earlier steps.
     """
 
@@ -50,6 +51,7 @@ class Removal:
     units: list[int]
     rows: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     fixed: frozenset[str] = frozenset()
+    masks: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 def apply(source: Source, settings: Structured, context: Context) -> tuple[Source, dict[str, Any]]:
@@ -63,15 +65,15 @@ def apply(source: Source, settings: Structured, context: Context) -> tuple[Sourc
     chosen = _chosen(pruned, groups, settings, skipped)
     counts = _counts(source, chosen, settings, samples)
     rows: dict[str, Tensor] = {}
+    masks = dict(source.masks)
     fixed = frozenset(n for g in chosen for n in g.readers) | {n.removesuffix(".weight") for n in source.masks}
-    removals = [Removal(g, kind(source, g), c, [], rows, fixed) for g, c in zip(chosen, counts, strict=True)
+    removals = [Removal(g, kind(source, g), c, [], rows, fixed, masks) for g, c in zip(chosen, counts, strict=True)
                 if c or settings.reconstruct]  # fmt: skip
     skipped += [{"layer": name, "reason": "none of its units was worth removing"}
                 for g, c in zip(chosen, counts, strict=True) if not c for name in g.makers]  # fmt: skip
     scores = unit_scores(source, [r.group for r in removals], settings, samples)
     edits: list[dict[str, Any]] = []
     told: list[dict[str, Any]] = []
-    masks = dict(source.masks)
     for block, before, here in _stages(pruned, source, removals, samples):
         for removal in here:
             made = _remove(pruned, block, before, removal, scores[removals.index(removal)], settings)
@@ -215,7 +217,8 @@ def _ignore(
         removal.units = sorted(removal_order(readings, settings.damping or ORDER_DAMPING, removal.count)[0])
     for name, reading in zip(readers, readings, strict=True):
         if settings.reconstruct:
-            _refit(block.layers[name], reading, _gone(reading.columns, removal), settings.damping)
+            _refit(block.layers[name], reading, _gone(reading.columns, removal), settings.damping,
+                   removal.masks.get(f"{name}.weight"))  # fmt: skip
         else:
             set_matrix(block.layers[name], reading.weight.index_fill(1, _gone(reading.columns, removal), 0.0)
                        [:, : matrix(block.layers[name]).shape[1]])  # fmt: skip
@@ -233,8 +236,10 @@ def _gone(each: list[Tensor], removal: Removal) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *(each[unit] for unit in removal.units)])
 
 
-def _refit(layer: nn.Module, reading: Reading, gone: Tensor, damping: float | None) -> None:
-    """The best weight without the columns `gone`, with zeros there."""
+def _refit(
+    layer: nn.Module, reading: Reading, gone: Tensor, damping: float | None, mask: Tensor | None = None
+) -> None:  # fmt: skip
+    """The best weight without the columns `gone`, with zeros there and where the `mask` of the weight is False."""
     kept = torch.ones(reading.weight.shape[1], dtype=torch.bool)
     kept[gone] = False
     left = kept.nonzero().flatten()
@@ -243,6 +248,10 @@ def _refit(layer: nn.Module, reading: Reading, gone: Tensor, damping: float | No
     full = torch.zeros_like(reading.weight)
     full[:, kept] = best
     width = matrix(layer).shape[1]
+    if mask is not None:
+        kept = kept.repeat(len(full), 1)
+        kept[:, :width] &= mask.reshape(len(full), -1)
+        full = best_kept(full, reading, kept, chosen)
     set_matrix(layer, full[:, :width])
     if full.shape[1] > width:
         layer.bias = nn.Parameter(full[:, width].to(matrix(layer).dtype), requires_grad=False)
