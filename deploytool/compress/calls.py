@@ -89,6 +89,10 @@ def refill(value: Any, new: Iterator[Any]) -> Any:
         return type(value)(refill(item, new) for item in value)
     if isinstance(value, (tuple, list)):  # a named tuple takes its fields one by one
         return type(value)(*(refill(item, new) for item in value))
+    if isinstance(value, dict):  # a copy keeps what its kind holds beside the items, as defaultdict does
+        made = copy.copy(value)
+        made.update({key: refill(item, new) for key, item in value.items()})
+        return made
     if isinstance(value, Mapping):
         return type(value)({key: refill(item, new) for key, item in value.items()})  # type: ignore[call-arg]
     return next(new)

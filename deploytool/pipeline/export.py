@@ -212,7 +212,7 @@ def _prepare(
 def prepared_and_checked(
     ref: ModelRef, options: Options, needs_graph: bool, say: Say = lambda line: None, ahead: Ahead | None = None
 ) -> Prepared:
-    """The prepared model, its ONNX graph shown to be right at every case's shape.
+    """The prepared model, its ONNX graph shown to be right at every case's shape; a decoder's at all but the largest.
 
     The fast exporter traces; where that bakes a shape in, the graph is lowered again by the other exporter. Where no
     target takes the graph, none is made.

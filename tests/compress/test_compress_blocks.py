@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.compress.blocks import find_blocks, walk_blocks
-from deploytool.compress.calls import leaves
+from deploytool.compress.calls import leaves, sharing_equal
 from deploytool.compress.chain import trace
 from deploytool.compress.matrices import gram, matrix, matrix_layers, rows, squares
 from deploytool.errors import InputRefused
@@ -343,3 +344,13 @@ def tiny_samples() -> Callable[..., list[dict[str, Tensor]]]:
         return samples
 
     return make
+
+
+def test_equal_tensors_are_shared_in_every_nesting() -> None:
+    """Masks that two calls have in common are held once, whatever kind of dict, list or tuple they come in."""
+    kept = defaultdict(list, {"mask": torch.ones(2)})
+    one = ((torch.zeros(1), [kept]), {"position": torch.arange(3)})
+    two = ((torch.ones(1), [defaultdict(list, {"mask": torch.ones(2)})]), {"position": torch.arange(3)})
+    (moved, [found]), named = sharing_equal(two, one)
+    assert moved is two[0][0] and found["mask"] is kept["mask"] and named["position"] is one[1]["position"]
+    assert isinstance(found, defaultdict) and found.default_factory is list

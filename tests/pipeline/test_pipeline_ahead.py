@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_what_cannot_be_imported_shows_when_it_is_used() -> None:
     with Ahead(NO_LIMITS) as ahead, ahead.take("odd") as engine:
         engine.expect("deploytool.nowhere")
         assert engine.call("os:getpid") == engine.pid
+
+
+def test_a_process_that_died_unasked_shows_when_it_is_used() -> None:
+    """What is expected of a process that is gone must not fail what did not need it yet."""
+    with Ahead(NO_LIMITS) as ahead:
+        ahead.start()
+        waiting = ahead._waiting
+        assert waiting is not None
+        os.kill(waiting.pid, signal.SIGKILL)
+        waiting._process.wait()
+        ahead.start(engine=True)
+        with pytest.raises(BackendFailed), ahead.take("checking") as engine:
+            engine.call("os:getpid")
 
 
 def test_it_ends_with_the_block(tmp_path: Path) -> None:
