@@ -141,8 +141,6 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
     with _output(options.out), tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
         if plan.targets:
             say(f"preparing {plan.model.name}")
-            if plan.needs.cache > _LARGE_BYTES:
-                ahead.start(engine=True)
             prepared, targets, failed = _prepare(plan, options, ahead, say)
             results += failed
             graph = prepared.folder / "onnx"
@@ -198,6 +196,8 @@ def _prepare(
 
     A model that has no ONNX graph still goes to the targets that take the module itself.
     """
+    if plan.needs.cache > _LARGE_BYTES:
+        ahead.start(engine=True)
     own = [target for target in plan.targets if find_backend(target.backend).accepts == "source"]
     try:
         return prepared_and_checked(plan.model, options, len(own) < len(plan.targets), say, ahead), plan.targets, []

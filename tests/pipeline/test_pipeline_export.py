@@ -15,6 +15,7 @@ from deploytool.backends import base
 from deploytool.cli.export import exit_code
 from deploytool.errors import InputRefused, UsageProblem
 from deploytool.pipeline import export as pipeline
+from deploytool.pipeline.ahead import Ahead
 from deploytool.pipeline.export import Options, make_plan
 from deploytool.report.table import export_table
 
@@ -329,3 +330,14 @@ def test_codes_that_a_target_does_not_keep_are_told(model: str, exported: Export
     results = by_target(exported(str(tmp_path / "coded"), "ort", "ort-weight-int8"))
     assert any("not as their codes" in line for line in results["ort"]["findings"])
     assert not any("not as their codes" in line for line in results["ort-weight-int8"]["findings"])
+
+
+def test_large_weights_have_the_check_wait_with_its_engine(
+    model: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that waits is small beside large weights alone: small models start it when the graph is there."""
+    asked: list[bool] = []
+    monkeypatch.setattr(Ahead, "start", lambda self, *, engine=False: asked.append(engine))
+    assert exported(model, "ort", out="small")["targets"][0]["status"] == "ok" and True not in asked
+    monkeypatch.setattr(pipeline, "_LARGE_BYTES", -1)
+    assert exported(model, "ort", out="large")["targets"][0]["status"] == "ok" and asked.count(True) == 1
