@@ -101,7 +101,7 @@ class Block:
                 part.sum += value
                 part.rows += len(x)
         totals = _per_layer(parts, watched)
-        _check_finite({name: total.sum for name, total in totals.items()})
+        check_finite({name: total.sum for name, total in totals.items()})
         return totals
 
 
@@ -138,7 +138,7 @@ def paired_moments(
             part.gram += gram(x)
             part.cross += x0.T @ x
             part.rows += len(x)
-    _check_finite({name: part.cross + part.gram for readers, part in parts.items() for name in readers})
+    check_finite({name: part.cross + part.gram for readers, part in parts.items() for name in readers})
     read = {name: [part for readers, part in parts.items() if name in readers] for name in names}
     return {name: _joined(mine) for name, mine in read.items() if mine}
 
@@ -152,7 +152,8 @@ def _joined(parts: list[Moments]) -> Moments:
     return Moments(gram, cross, sum(part.rows for part in parts))
 
 
-def _check_finite(sums: dict[str, Tensor]) -> None:
+def check_finite(sums: dict[str, Tensor]) -> None:
+    """Raise InputRefused DT303 where the sum of a layer, by its name, is not finite."""
     bad = [name for name, total in sums.items() if not bool(torch.isfinite(total).all())]
     if bad:
         raise InputRefused("DT303", "calibration samples must give finite activations (got NaN or infinity at "

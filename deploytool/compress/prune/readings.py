@@ -16,20 +16,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.blocks import Block, find_blocks
-from deploytool.compress.calls import Call, leaves, replay
+from deploytool.compress.blocks import Block, check_finite, find_blocks
+from deploytool.compress.calls import Call, Reached, leaves, replay
 from deploytool.compress.matrices import geometry, gram, matrix, rows
 from deploytool.compress.prune.refit import Reading
-from deploytool.errors import InputRefused
 
 _PARTS = 4  # one of so many calls is held out
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _ROUNDING = 1e-12  # of the sum of squares: what subtracting the mean leaves of equal rows
 _SAME = 1e-3  # of the largest disturbance: how exactly it must come back
-
-
-class _Enough(Exception):
-    """Ends a run once everything asked for was seen."""
 
 
 @dataclass
@@ -86,7 +81,7 @@ def read(
         for name, square, product in _products(was, seen, now.layers, place, left):
             for sums in (total, held)[: 2 if index % _PARTS == _PARTS - 1 else 1]:
                 sums[name].add(square, product)
-    _check_finite(total)
+    check_finite({name: torch.cat([sums.gram, sums.wanted]) for name, sums in total.items()})
     return [
         Reading(weight, total[name].gram, total[name].wanted, layers[name],
                 (held[name].gram, held[name].wanted) if len(now.calls) >= _PARTS else None,
@@ -117,13 +112,6 @@ def _with_bias(layer: nn.Module) -> Tensor:
     """[out, in], float64, with the bias as a last column where there is one."""
     weight, bias = matrix(layer).double(), layer.bias
     return torch.cat([weight, bias.detach().double()[:, None]], dim=1) if isinstance(bias, Tensor) else weight
-
-
-def _check_finite(sums: dict[str, _Sums]) -> None:
-    bad = [n for n, s in sums.items() if not bool(torch.isfinite(s.gram).all() and torch.isfinite(s.wanted).all())]
-    if bad:
-        raise InputRefused("DT303", "calibration samples must give finite activations (got NaN or infinity at "
-                           f"{bad[0]})", fix="check samples() for NaN, and the model for overflow")  # fmt: skip
 
 
 def find_sum(block: Block, name: str) -> str | None:
@@ -175,7 +163,7 @@ def _look(
         seen.read[name] = _once(copies, args[0])
         seen.gave[name] = output.clone()
         if place is None and not everywhere and len(seen.gave) == len(names):
-            raise _Enough
+            raise Reached
         return output if added is None else output + added
 
     def arrived(where: str, value: Any) -> None:
@@ -184,7 +172,7 @@ def _look(
             return
         seen.later[where] = value.clone()
         if not everywhere and where:
-            raise _Enough
+            raise Reached
 
     places = [n for n, _ in block.module.named_modules()] if everywhere else [place]
     handles = [block.module.get_submodule(where).register_forward_pre_hook(
@@ -194,7 +182,7 @@ def _look(
     try:
         for leaf in leaves(replay(block.module, call)):
             arrived("", leaf)
-    except _Enough:
+    except Reached:
         pass
     finally:
         for handle in handles:
