@@ -21,8 +21,8 @@ from deploytool.artifact import Artifact  # noqa: E402
 from deploytool.backends import openvino_generate, tables  # noqa: E402
 from deploytool.backends.base import Built, Request, portable_of  # noqa: E402
 from deploytool.backends.engine import EngineRunner, threads_of  # noqa: E402
-from deploytool.backends.openvino_generate import KeptCache  # noqa: E402
-from deploytool.backends.openvino_states import BEAMS, cache_pairs, keep_cache  # noqa: E402
+from deploytool.backends.openvino_generate import BEAMS, KeptCache  # noqa: E402
+from deploytool.backends.openvino_states import cache_pairs, keep_cache  # noqa: E402
 from deploytool.backends.shipped_runner import ship  # noqa: E402
 from deploytool.decoding import TOKENS  # noqa: E402
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem  # noqa: E402

@@ -16,11 +16,10 @@ from openvino import opset13 as op
 from openvino._offline_transformations import apply_make_stateful_transformation
 
 from deploytool.backends.openvino_attention import fuse_attention
+from deploytool.backends.openvino_generate import BEAMS
 from deploytool.decoding import PAST, PRESENT, TOKENS, decodes
 from deploytool.errors import UsageProblem
 from deploytool.signature import Signature
-
-BEAMS = "beam_idx"
 
 
 def cache_pairs(signature: Signature) -> dict[str, str]:
