@@ -9,9 +9,6 @@ that names the log. The child ends with the thread that made it: make workers in
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import importlib
 import itertools
 import json
 import os
@@ -21,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +26,7 @@ from typing import Any, NoReturn, Self
 
 import platformdirs
 
-from deploytool.errors import BackendFailed, DeployError, InternalError, from_json
+from deploytool.errors import BackendFailed, InternalError, from_json
 from deploytool.processes import descendants, kill_all, tree_rss
 
 _LOG_LIMIT_BYTES = 8_000_000
@@ -40,12 +36,9 @@ _POLL_SECONDS = 0.05
 _MEMORY_POLL_SECONDS = 0.2  # walking the process tree takes milliseconds, which a timed child would feel
 _CLOSE_SECONDS = 5.0
 _GRACE_SECONDS = 2.0
-_PR_SET_PDEATHSIG = 1
 # With -P, or a file in the working folder could stand in for a library; the package itself may lie in a checkout.
-_CHILD = "import sys; sys.path.append(sys.argv[1]); from deploytool.worker import serve; serve(*map(int, sys.argv[2:]))"
+_CHILD = "import sys; sys.path.append(sys.argv[1]); from deploytool.child import serve; serve(*map(int, sys.argv[2:]))"
 _COUNTER = itertools.count()
-# Imports of torch and transformers make millions of objects that stay; walking them often costs a fifth of the time.
-_GC_THRESHOLDS = (100_000, 50, 50)
 # Runtimes must not phone home, and tokenizers must not warn about forks.
 _CHILD_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -316,74 +309,3 @@ def run(
 def untimed(name: str, limits: Limits = NO_LIMITS, say: Callable[[str], None] | None = None) -> Worker:
     """A worker in which nothing is timed: its threads wait without spinning."""
     return Worker(name, limits, _UNTIMED_ENVIRONMENT, say)
-
-
-def _resolve(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-_reply_pipe: int | None = None
-
-
-def progress(line: str) -> None:
-    """In a child: tell the parent how far things are. Outside of one it does nothing."""
-    if _reply_pipe is not None:
-        _send(_reply_pipe, {"progress": line})
-
-
-def _send(pipe: int, reply: Mapping[str, Any]) -> None:
-    data = json.dumps(reply).encode() + b"\n"
-    while data:
-        data = data[os.write(pipe, data) :]
-
-
-def serve(parent: int, requests: int, replies: int) -> None:
-    """The child's loop: one JSON request a line, one JSON reply a line, until the parent closes the pipe."""
-    global _reply_pipe
-    # A parent that is killed outright cannot clean up; the kernel then ends this child too.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return  # it was killed before the kernel knew
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.set_inheritable(requests, False)
-    os.set_inheritable(replies, False)
-    _reply_pipe = replies
-    gc.set_threshold(*_GC_THRESHOLDS)
-    held: list[Any] = []
-    with os.fdopen(requests, "rb") as lines:
-        for line in lines:
-            request = json.loads(line)
-            if "import" in request:
-                with contextlib.suppress(Exception):
-                    importlib.import_module(request["import"])
-                continue
-            try:
-                reply = {"result": _answer(request, held)}
-                json.dumps(reply)
-            except DeployError as error:
-                traceback.print_exc()
-                reply = {"error": error.to_json()}
-            except Exception as error:
-                traceback.print_exc()
-                reply = {"crash": f"{type(error).__name__}: {error}"[:2000], "ours": _is_ours(error)}
-            _send(replies, reply)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # taking torch apart in good order takes more than a second, and nothing is left to be kept
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether the error was raised by deploytool's own code rather than by a library or a model."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-
-
-def _answer(request: Mapping[str, Any], held: list[Any]) -> Any:
-    arguments = request["arguments"]
-    if "create" in request:
-        held[:] = [_resolve(request["create"])(**arguments)]
-        return None
-    if "method" in request:
-        return getattr(held[0], request["method"])(**arguments)
-    return _resolve(request["function"])(**arguments)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -11,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deploytool import worker
+from deploytool import child
+from deploytool.child import progress, uncollected
 from deploytool.errors import InputRefused
-from deploytool.worker import progress
 
 
 def add(a: float, b: float) -> float:
@@ -101,8 +103,8 @@ def say_and_raise(text: str) -> None:
 
 def answer_with(text: str) -> None:
     """Write to the reply pipe what no worker would."""
-    assert worker._reply_pipe is not None
-    os.write(worker._reply_pipe, text.encode("latin-1"))
+    assert child._reply_pipe is not None
+    os.write(child._reply_pipe, text.encode("latin-1"))
     time.sleep(3600)
 
 
@@ -123,6 +125,15 @@ def fork_and_die() -> None:
     if os.fork() == 0:
         time.sleep(3600)
     os._exit(3)
+
+
+def collection(module: str) -> dict[str, int]:
+    """What is left out of searches for garbage before and after an import, and whether searches go on."""
+    before, held = gc.get_freeze_count(), gc.isenabled()
+    with uncollected():
+        inside = gc.isenabled()
+        importlib.import_module(module)
+    return {"before": before, "after": gc.get_freeze_count(), "searching": [held, inside, gc.isenabled()].count(True)}
 
 
 def module_origin(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from deploytool import worker
+from deploytool.child import uncollected
 from deploytool.errors import BackendFailed, InputRefused, InternalError
 from deploytool.worker import Limits, Worker
 
@@ -311,6 +313,30 @@ def test_environment() -> None:
     with Worker("test", environment={"OMP_NUM_THREADS": "1"}) as child:
         assert child.call("misbehaving:environment", name="OMP_NUM_THREADS") == "1"
         assert child.call("misbehaving:environment", name="TOKENIZERS_PARALLELISM") == "false"
+
+
+def test_what_a_child_imports_is_not_searched_for_garbage() -> None:
+    """What was imported is left out of later searches, which are off meanwhile and go on afterwards."""
+    with Worker("test") as child:
+        found = child.call("misbehaving:collection", module="decimal")
+        again = child.call("misbehaving:collection", module="decimal")
+    assert 0 < found["before"] < found["after"], "the imports of the child itself count as well"
+    assert found["searching"] == 2 == again["searching"], "on before and after the block, off inside"
+
+
+def test_garbage_of_the_caller_is_still_found() -> None:
+    """In the process that calls deploytool nothing is left out, and a search that was off stays off."""
+    frozen = gc.get_freeze_count()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
 
 
 def test_odd_name() -> None:

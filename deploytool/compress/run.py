@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deploytool import worker
+from deploytool import child
 from deploytool.compress.recipe import Recipe, load_recipe
 from deploytool.compress.step import Context, Progress
 from deploytool.encoding import Encoding
@@ -198,5 +198,5 @@ def _drops(drops: Mapping[str, float]) -> str:
 def _tell(line: str) -> None:
     """To whoever watches this process, and to its log."""
     if first_process():
-        worker.progress(line)
+        child.progress(line)
         print(line, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from deploytool.child import uncollected
 from deploytool.errors import InternalError
 from deploytool.load.modelfile import open_model_file, read_model_file
 from deploytool.source import ModelRef, Predict, Source
@@ -33,7 +34,8 @@ def open_source(ref: ModelRef) -> Source:
     if ref.kind not in _OPENERS:
         raise InternalError("DT900", f"the kind of model must be known (got {ref.kind!r})")
     module, _, function = _OPENERS[ref.kind].partition(":")
-    source: Source = getattr(importlib.import_module(module), function)(ref)
+    with uncollected():  # all but a model file's build(), which may do anything
+        source: Source = getattr(importlib.import_module(module), function)(ref)
     return source
 
 

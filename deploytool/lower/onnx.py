@@ -27,14 +27,14 @@ from deploytool.lower.onnx_write import ENTRY, save
 from deploytool.signature import Signature, TensorSpec
 from deploytool.source import Source
 from deploytool.storage import writing
-from deploytool.target import Runtime
 
 Exporter = Literal["auto", "torchscript", "dynamo"]
 
 OPSET = 18  # the newest that ONNX Runtime, OpenVINO and TensorRT all take; 23 and later fail in ONNX Runtime 1.31
 # How the plain ONNX Runtime target opens the graph, every setting: what is known of it then holds for that target too.
 # A language model's graph is rewritten for it; what is checked is opened in the cheapest way then.
-SESSION: dict[str, Any] = {**Runtime().model_dump(mode="json"), "optimization": "all", "without": [], "arena": True,
+# Written out: the classes that hold a profile's defaults bring a library that nothing else needs here.
+SESSION: dict[str, Any] = {"threads": 0, "spinning": True, "optimization": "all", "without": [], "arena": True,
                            "flush": False}  # fmt: skip
 CHECK_ONLY: dict[str, Any] = {**SESSION, "optimization": "extended", "packing": False}
 _EXAMPLES_SEEN = 64

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.artifact import Artifact
+from deploytool.backends.tables import OnnxRuntimeBuild
 from deploytool.errors import InputRefused
 from deploytool.lower import onnx_write
-from deploytool.lower.onnx import choose_example, lower_onnx
+from deploytool.lower.onnx import SESSION, choose_example, lower_onnx
 from deploytool.signature import Signature, TensorSpec
+from deploytool.target import load_target
 
 IMAGE = {"x": ("batch", 8)}
 SCORES = {"y": ("batch", 4)}
@@ -36,6 +38,14 @@ def test_same_model_gives_the_same_bytes(make_source: Any, tmp_path: Path) -> No
     source = make_source(net(), IMAGE, SCORES, samples(2))
     digests = [hashlib.sha256(lower_onnx(source, tmp_path / name).main_file.read_bytes()).hexdigest() for name in "ab"]
     assert digests[0] == digests[1]
+
+
+def test_the_graph_is_checked_as_its_plain_target_runs_it() -> None:
+    """The settings of the check are those of the profile `ort`: what is known of the one then holds for the other."""
+    target = load_target("ort")
+    options = OnnxRuntimeBuild(**target.build).model_dump(mode="json")
+    told = {key: options[key] for key in ("optimization", "without", "arena", "flush")}
+    assert {**target.runtime.model_dump(mode="json"), **told} == SESSION
 
 
 def test_artifact_says_how_it_came(make_source: Any, check: Any) -> None:
