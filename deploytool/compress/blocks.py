@@ -55,12 +55,14 @@ class Block:
     module   the block itself: change its weights in place
     layers   {dotted name: layer} of the chosen layers in it
     calls    the arguments of every call, all samples, as the changed blocks before it give them
+    given    what the changed block gives for every call, where somebody has found out (`turns.in_turn`)
     """
 
     name: str
     module: nn.Module
     layers: dict[str, nn.Module]
     calls: list[Call] = field(repr=False)
+    given: list[Any] | None = field(default=None, repr=False)
 
     def outputs(self) -> Iterator[Any]:
         """What the block gives for every call, as it is now."""
@@ -171,14 +173,17 @@ def walk_blocks(source: Source, layers: Iterable[str], samples: Sequence[Sample]
     module = source.module
     wanted = _by_block(module, list(layers))
     runs = [partial(source.flat, *(sample[n] for n in source.signature.input_names)) for sample in samples]
-    order = trace(runs[0], {name: module.get_submodule(name) for name in wanted})
+    order = trace(runs[0], {name: module.get_submodule(name) for name in wanted}, module)
     calls: list[Call] = []
+    given: list[Any] | None = None
     for name, link in order:
-        if not follow(module, link, calls):
+        if not follow(module, link, calls, given):
             calls = []  # what is held is dropped before the new is made
             calls = _calls_of(runs, module.get_submodule(name), first_only=link.once)
         held = {layer: module.get_submodule(layer) for layer in wanted[name]}
-        yield Block(name, module.get_submodule(name), held, calls)
+        block = Block(name, module.get_submodule(name), held, calls)
+        yield block
+        given = block.given
 
 
 def find_blocks(module: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +46,14 @@ class _Seen:
     result: list[Any] = field(default_factory=list)
 
 
-def trace(run: Callable[[], object], blocks: Mapping[str, nn.Module]) -> list[tuple[str, Link]]:
-    """The blocks that ran, in the order of their first call, with their links; raises InputRefused when none did."""
-    seen = _watch(run, blocks)
+def trace(
+    run: Callable[[], object], blocks: Mapping[str, nn.Module], root: nn.Module | None = None
+) -> list[tuple[str, Link]]:
+    """The blocks that ran, in the order of their first call, with their links; raises InputRefused when none did.
+
+    `root` is the model: its linear layers that run after the blocks are then not computed.
+    """
+    seen = _watch(run, blocks, root)
     if not seen:
         raise InputRefused("DT303", "calibration samples must reach the chosen layers (none of them ran)",
                            detail=[f"not run: {name or 'the model'}" for name in blocks])  # fmt: skip
@@ -63,13 +69,16 @@ def trace(run: Callable[[], object], blocks: Mapping[str, nn.Module]) -> list[tu
     return _proved(run, blocks, order, {entry.name: entry for entry in seen})
 
 
-def follow(root: nn.Module, link: Link, calls: list[Call]) -> bool:
-    """Replace the calls of the block before, one by one, by the next block's; False where they must be recorded."""
+def follow(root: nn.Module, link: Link, calls: list[Call], given: list[Any] | None = None) -> bool:
+    """Replace the calls of the block before, one by one, by the next block's; False where they must be recorded.
+
+    `given` is what the block before gives for these calls, where that is known; it is used up.
+    """
     if link.before is None or not calls or any(len(leaves(call)) != link.inputs for call in calls):
         return False
     block = root.get_submodule(link.before)
     for index, call in enumerate(calls):
-        calls[index] = _next(link, call, replay(block, call))
+        calls[index] = _next(link, call, replay(block, call) if given is None else given.pop(0))
     return True
 
 
@@ -80,9 +89,13 @@ def _next(link: Link, call: Call, outputs: Any) -> Call:
     return filled
 
 
-def _watch(run: Callable[[], object], blocks: Mapping[str, nn.Module]) -> list[_Seen]:
+def _watch(run: Callable[[], object], blocks: Mapping[str, nn.Module], root: nn.Module | None) -> list[_Seen]:
     """Every call of the blocks in one run; all objects are held, so that no identity is used twice."""
     seen: list[_Seen] = []
+    inside = {id(part) for block in blocks.values() for part in block.modules()}
+    heads = [] if root is None else [m for m in root.modules() if type(m) is nn.Linear and id(m) not in inside
+                                        and "forward" not in m.__dict__]  # fmt: skip
+    waiting = set(blocks)
 
     def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(_Seen(name, (args, kwargs)))
@@ -91,6 +104,10 @@ def _watch(run: Callable[[], object], blocks: Mapping[str, nn.Module]) -> list[_
         mine = next(entry for entry in reversed(seen) if entry.name == name and not entry.outputs)
         mine.outputs = leaves(output)
         mine.result = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in mine.outputs]
+        waiting.discard(name)
+        if not waiting:  # what follows is run for nothing but the calls of blocks that may come again
+            for head in heads:
+                head.forward = partial(_nothing, head)  # type: ignore[method-assign]
 
     handles = []
     for name, block in blocks.items():
@@ -104,7 +121,14 @@ def _watch(run: Callable[[], object], blocks: Mapping[str, nn.Module]) -> list[_
     finally:
         for handle in handles:
             handle.remove()
+        for head in heads:
+            head.__dict__.pop("forward", None)
     return seen
+
+
+def _nothing(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Zeros of the shape that the layer gives, one of them in memory: a vocabulary's logits are larger than a block."""
+    return x.new_zeros(()).expand(*x.shape[:-1], layer.out_features)
 
 
 def _link(one: _Seen, two: _Seen) -> Link | None:

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from deploytool.compress.blocks import Block, Stage, paired_moments, walk_blocks
-from deploytool.compress.matrices import Measure, matrix, matrix_layers, set_matrix
+from deploytool.compress.blocks import Block, walk_blocks
+from deploytool.compress.matrices import Measure, gram, matrix, matrix_layers, set_matrix
 from deploytool.compress.prune.pattern import check_widths, not_chosen, zeros_report
 from deploytool.compress.prune.tables import SparseGpt, Wanda
 from deploytool.compress.select import select
 from deploytool.compress.step import Context
+from deploytool.compress.turns import Turns
 from deploytool.encoding import Encoding
 from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
@@ -61,9 +62,9 @@ def prune_by_block(
     """Prune the chosen layers of a copy that shares the other tensors; the masks travel with the source.
 
     `in_place` changes the given source's module and, without repair, its tensors, for callers that need them no more:
-    the weights are then held once. With repair the layers that read one tensor are pruned before the next ones are
-    looked at: each makes good for what reaches it once those before it are pruned. All fitted to one look, they would
-    make good for it several times.
+    the weights are then held once. Where Gram matrices decide, the layers that read one tensor are pruned before the
+    next ones are looked at: each makes good for what reaches it once those before it are pruned. All fitted to one
+    look, they would make good for it several times.
     """
     original = with_module(source, shell(source.module)) if getattr(settings, "repair", False) else None
     pruned = source if in_place else with_module(source, shell(source.module))
@@ -73,10 +74,11 @@ def prune_by_block(
     skipped += not_chosen(candidates, chosen)
     names, samples = [n for n in candidates if n in chosen], context.samples(source)
     masks, encodings, layers = dict(source.masks), dict(source.encodings), []
+    turns = Turns(context.calibration.precision)
     for block, reference in _walk(pruned, original, names, samples):
         ran: set[str] = set()
-        for stage in _stages(block, reference):
-            for name, layer in _look(block, reference, measure, stage).items():
+        for looked_at in _looks(turns, block, reference, measure):
+            for name, layer in looked_at.items():
                 module, key = block.layers[name], f"{name}.weight".lstrip(".")
                 before = masks[key].view(layer.weight.shape) if key in masks else None
                 done = prune(replace(layer, before=before))
@@ -90,7 +92,8 @@ def prune_by_block(
         skipped += [{"layer": n, "reason": "it did not run on the samples"} for n in block.layers if n not in ran]
         context.progress(f"{settings.step}: {block.name or 'the model'}")
     finished = with_module(pruned, pruned.module, masks=masks, encodings=encodings)
-    return finished, {"layers": layers, "skipped": skipped}
+    told = {"precision": turns.precision} if measure is gram else {}
+    return finished, {"layers": layers, "skipped": skipped, **told}
 
 
 def _walk(
@@ -104,16 +107,13 @@ def _walk(
     yield from zip(blocks, walk_blocks(original, names, samples), strict=True)
 
 
-def _stages(block: Block, reference: Block | None) -> list[Stage]:
-    """What is looked at together: layers that read one tensor with the repair, else the whole block."""
-    return [Stage(tuple(block.layers), False)] if reference is None else block.stages()
-
-
-def _look(block: Block, reference: Block | None, measure: Measure, stage: Stage) -> dict[str, Layer]:
-    """What each layer of the stage is pruned by; layers that did not run are left out."""
-    weights = {name: matrix(block.layers[name]) for name in stage.layers}
-    if reference is None:
-        return {n: Layer(weights[n], t.sum, None) for n, t in block.accumulate(measure, stage.layers).items()}
-    pairs = paired_moments(reference, block, stage.layers, once=stage.once)
-    old = {name: matrix(reference.layers[name]) for name in stage.layers}
-    return {n: Layer(weights[n], m.gram, None, (old[n], m.cross)) for n, m in pairs.items()}
+def _looks(turns: Turns, block: Block, reference: Block | None, measure: Measure) -> Iterator[dict[str, Layer]]:
+    """What the layers of each turn are pruned by; layers that did not run are left out."""
+    if reference is not None:
+        for pairs in turns.moments(reference, block):
+            old = {name: matrix(reference.layers[name]) for name in pairs}
+            yield {n: Layer(matrix(block.layers[n]), m.gram, None, (old[n], m.cross)) for n, m in pairs.items()}
+        return
+    looks = turns.totals(block, measure) if measure is gram else [block.accumulate(measure)]
+    for totals in looks:
+        yield {name: Layer(matrix(block.layers[name]), total.sum, None) for name, total in totals.items()}

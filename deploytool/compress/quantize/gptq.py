@@ -7,6 +7,7 @@ transformers", ICLR 2023 (arXiv 2210.17323), section 3.3 and algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deploytool.compress.blocks import Block, walk_blocks
+from deploytool.compress.blocks import Block, Total, walk_blocks
 from deploytool.compress.matrices import gram, matrix
 from deploytool.compress.quantize.layers import (
     chosen_layers,
@@ -28,6 +29,7 @@ from deploytool.compress.quantize.layers import (
 from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.quantize.tables import Gptq
 from deploytool.compress.step import Context
+from deploytool.compress.turns import Turns
 from deploytool.encoding import Encoding
 from deploytool.errors import BackendFailed
 from deploytool.load.surgery import shell, with_module
@@ -50,7 +52,7 @@ class Rounding:
 def inverse_root(moments: Tensor, damping: float) -> tuple[Tensor, float]:
     """U [n, n], upper triangular, with (H + d I)^-1 = U^T U, and the damping that it took.
 
-    H [n, n] is float64, symmetric, without zeros on its diagonal; d = damping * mean of its diagonal. Where rounding
+    H [n, n] is symmetric, without zeros on its diagonal; d = damping * mean of its diagonal. Where rounding
     errors keep H + d I from being positive definite, damping grows tenfold. Raises BackendFailed when that is no help.
     """
     # H = R R^T with R upper triangular is the Cholesky factor of H read backwards; U = R^-1, and reading backwards and
@@ -84,11 +86,7 @@ def gptq(weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = N
     order = torch.arange(n)
     if how.order == "activation":
         order = torch.argsort(strength, descending=True, stable=True)
-    ordered = moments[order[:, None], order]
-    ordered.diagonal().copy_(strength[order])
-    root, damping = inverse_root(ordered, how.damping)
-    del ordered
-    root = root.float()
+    root, damping = _root_in(order, moments, strength, how.damping)
     encoding = how.grid(weight)
     scale, zero = encoding.scale.T.contiguous(), encoding.zero_point.T.contiguous()  # [groups, rows]
     group = encoding.group
@@ -113,6 +111,22 @@ def gptq(weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = N
     rounded[order] = columns
     final = replace(encoding, scale=scale.T.contiguous(), zero_point=zero.T.contiguous())
     return rounded.T.contiguous(), final, damping
+
+
+def _root_in(order: Tensor, moments: Tensor, strength: Tensor, damping: float) -> tuple[Tensor, float]:
+    """`inverse_root` of the moments in an order, float32; computed in float64 where float32 is not enough."""
+
+    def root(kind: torch.dtype) -> tuple[Tensor, float]:
+        ordered = moments.to(kind)[order][:, order]
+        ordered.diagonal().copy_(strength[order])
+        return inverse_root(ordered, damping)
+
+    with suppress(BackendFailed):
+        found, took = root(torch.float32)
+        if took == damping:
+            return found, took
+    found, took = root(torch.float64)
+    return found.float(), took
 
 
 def _at(grid_of: Callable[[int], tuple[Tensor, Tensor]], start: int, index: int) -> tuple[Tensor, Tensor]:
@@ -148,13 +162,15 @@ def apply(
     picked, skipped = chosen_layers(work.module, settings)
     encodings: dict[str, Encoding] = {}
     layers: list[dict[str, Any]] = []
+    turns = Turns(context.calibration.precision)
     for block in walk_blocks(work, picked, context.samples(source)):
-        for names, moments, width in _sharing(block, settings.bits, bits or {}):
-            done = _quantize_together(block, names, moments, settings.model_copy(update={"bits": width}), source.masks,
-                                       into=in_place)  # fmt: skip
-            for name, (entry, encoding) in done.items():
-                encodings[weight_name(name)] = encoding
-                layers.append({"layer": name, **entry})
+        for totals in turns.totals(block, gram):
+            for names, moments, width in _sharing(totals, settings.bits, bits or {}):
+                done = _quantize_together(block, names, moments, settings.model_copy(update={"bits": width}),
+                                          source.masks, into=in_place)  # fmt: skip
+                for name, (entry, encoding) in done.items():
+                    encodings[weight_name(name)] = encoding
+                    layers.append({"layer": name, **entry})
         context.progress(f"gptq: {block.name or 'the model'} ({len(layers)} of {len(picked)} layers)")
     seen = {entry["layer"] for entry in layers}
     skipped += [{"layer": n, "reason": "no calibration sample reached it"} for n in picked if n not in seen]
@@ -162,14 +178,14 @@ def apply(
     raised = [entry["layer"] for entry in layers if entry["damping"] > settings.damping]
     if raised:
         context.progress(f"gptq: damping was raised for {len(raised)} layers, {', '.join(raised[:3])} ...")
-    report = {"layers": layers, "skipped": skipped, "damping_raised": raised}
+    report = {"layers": layers, "skipped": skipped, "damping_raised": raised, "precision": turns.precision}
     return replace(work, encodings={**source.encodings, **encodings}), report
 
 
-def _sharing(block: Block, usual: int, bits: Mapping[str, int]) -> list[tuple[list[str], Tensor, int]]:
-    """Layers of the block that read one input and get as many bits, with the input's second moments and the bits."""
+def _sharing(totals: Mapping[str, Total], usual: int, bits: Mapping[str, int]) -> list[tuple[list[str], Tensor, int]]:
+    """Layers that read one input and get as many bits, with the input's second moments and the bits."""
     groups: dict[tuple[int, int], tuple[list[str], Tensor]] = {}
-    for name, total in block.accumulate(gram).items():
+    for name, total in totals.items():
         groups.setdefault((id(total), bits.get(name, usual)), ([], total.sum))[0].append(name)
     return [(names, moments, width) for (_, width), (names, moments) in groups.items()]
 

@@ -1,0 +1,154 @@
+"""The layers of a block in turn: those that read one tensor are changed before the next are looked at.
+
+    turns = Turns()
+    for block in walk_blocks(source, chosen, samples):
+        for totals in turns.totals(block, gram):        # {layer: Total}, one Total for all layers of the turn
+            ...                                         # change these layers in place
+
+Each layer makes good for what those before it have lost. The calls wait before the layers that come next, so the block
+runs once for every sample (`paused`). Where that would hold too much, or where layers run several times in a call, each
+turn runs the block anew, to where it has seen enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploytool.compress.blocks import Block, Moments, Stage, Total, check_finite, paired_moments
+from deploytool.compress.calls import leaves
+from deploytool.compress.matrices import Measure, gram, rows
+from deploytool.compress.paused import Paused, forward, own
+from deploytool.load.memory import give_back
+
+_MOST = 2**29  # bytes that all calls of a block together may hold where they wait
+_TOGETHER = 4  # calls whose rows are multiplied at once: long products are quicker
+
+
+class Turns:
+    """See the module's docstring. One object for a walk: it remembers which kinds of blocks may wait.
+
+    precision  of the products: "float32", "bfloat16", or "auto", which is bfloat16 where the processor computes in it
+    """
+
+    def __init__(self, precision: str = "float32") -> None:
+        self.low = precision == "bfloat16" or (precision == "auto" and _computes_bfloat16())
+        self._written: dict[type[nn.Module], list[int] | None] = {}
+
+    def totals(self, block: Block, measure: Measure) -> Iterator[dict[str, Total]]:
+        """{layer: Total of `measure`} of every turn's layers, as `Block.accumulate` has it, in the order they read."""
+        stages = block.stages()
+        written = self._may_wait(block, stages)
+        if written is None:
+            for stage in stages:
+                yield block.accumulate(measure, stage.layers, once=stage.once)
+            return
+        with Paused(block.module, block.calls, block.layers, written, low=self.low) as paused:
+            for stage in stages:
+                first = block.layers[stage.layers[0]]
+                total = _summed(measure, [self._rows(first, x) for x in paused.reach(stage.layers)])
+                give_back()
+                check_finite({stage.layers[0]: total.sum})
+                yield dict.fromkeys(stage.layers, total)
+                paused.release(stage.layers)
+            block.given = list(paused.outputs())
+
+    def moments(self, before: Block, now: Block) -> Iterator[dict[str, Moments]]:
+        """{layer: Moments} of every turn's layers, of two like blocks, as `paired_moments` has it."""
+        stages = now.stages()
+        written = self._may_wait(now, stages)
+        if written is None:
+            for stage in stages:
+                yield paired_moments(before, now, stage.layers, once=stage.once)
+            return
+        with (Paused(before.module, before.calls, before.layers, written, low=self.low) as old,
+              Paused(now.module, now.calls, now.layers, written, low=self.low) as new):  # fmt: skip
+            for stage in stages:
+                first = now.layers[stage.layers[0]]
+                x0, x = ([self._rows(first, x) for x in calls.reach(stage.layers)] for calls in (old, new))
+                both = _paired(x0, x)
+                del x0, x
+                give_back()
+                check_finite({stage.layers[0]: both.cross + both.gram})
+                yield dict.fromkeys(stage.layers, both)
+                old.release(stage.layers)
+                new.release(stage.layers)
+            before.given, now.given = list(old.outputs()), list(new.outputs())
+
+    @property
+    def precision(self) -> str:
+        """For the report: what "auto" has come to."""
+        return "bfloat16" if self.low else "float32"
+
+    def _rows(self, layer: nn.Module, x: Tensor) -> Tensor:
+        found = rows(layer, x)
+        return found.bfloat16() if self.low else found
+
+    def _may_wait(self, block: Block, stages: Sequence[Stage]) -> list[int] | None:
+        """Which leaves of a call the block writes into, or None where its calls cannot wait side by side.
+
+        Proved on two calls, once for a kind of block: a module that keeps something of its own during a call would mix
+        them up.
+        """
+        if not all(stage.once for stage in stages):
+            return None
+        kind = type(block.module)
+        if kind not in self._written:
+            self._written[kind] = _prove(block, stages, low=self.low)
+        return self._written[kind]
+
+
+def _computes_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _prove(block: Block, stages: Sequence[Stage], *, low: bool) -> list[int] | None:
+    call = own(block.calls[0], range(len(leaves(block.calls[0]))))
+    versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves(call)]
+    expected = leaves(forward(block.module, call, low=low))
+    written = [i for i, leaf in enumerate(leaves(call)) if isinstance(leaf, Tensor) and leaf._version != versions[i]]
+    held = sum(_bytes(leaf) for leaf in leaves(call))
+    with Paused(block.module, [block.calls[0], block.calls[-1]], block.layers, written, low=low) as paused:
+        for stage in stages:
+            held += sum(_bytes(x) for x in paused.reach(stage.layers)[:1])
+            paused.release(stage.layers)
+        given = leaves(next(paused.outputs()))
+    same = len(given) == len(expected) and all(_equal(a, b) for a, b in zip(given, expected, strict=True))
+    return written if same and held * len(block.calls) <= _MOST else None
+
+
+def _equal(one: Any, two: Any) -> bool:
+    return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else type(one) is type(two)
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
+
+
+def _summed(measure: Measure, parts: Sequence[Tensor]) -> Total:
+    """The measure's sum over all rows."""
+    total: Tensor | None = None
+    for start in range(0, len(parts), _TOGETHER):
+        value = measure(torch.cat(list(parts[start : start + _TOGETHER])))
+        total = value.double() if total is None else total.add_(value)
+    if total is None:
+        raise AssertionError("a stage is what the first call reads")
+    return Total(total, sum(len(part) for part in parts))
+
+
+def _paired(before: Sequence[Tensor], now: Sequence[Tensor]) -> Moments:
+    made: Moments | None = None
+    for start in range(0, len(now), _TOGETHER):
+        x0, x = (torch.cat(list(parts[start : start + _TOGETHER])) for parts in (before, now))
+        if made is None:
+            made = Moments(gram(x).double(), (x0.T @ x).double(), len(x))
+        else:
+            made.gram += gram(x)
+            made.cross += x0.T @ x
+            made.rows += len(x)
+    if made is None:
+        raise AssertionError("a stage is what the first call reads")
+    return made

@@ -1,0 +1,189 @@
+"""Layers in turn: calls that wait give what calls that are made again give, and never mix."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deploytool.compress import turns as turns_module
+from deploytool.compress.blocks import Block, walk_blocks
+from deploytool.compress.calls import leaves, replay
+from deploytool.compress.matrices import gram, matrix, matrix_layers
+from deploytool.compress.paused import Paused
+from deploytool.compress.turns import Turns
+from deploytool.errors import InputRefused
+from deploytool.load.surgery import shell, with_module
+from deploytool.source import Source
+
+
+class _Block(nn.Module):
+    """`keeps`: something of a call is kept in the module until its end; `writes`: the input is written into."""
+
+    def __init__(self, width: int = 6, *, keeps: bool = False, writes: bool = False):
+        super().__init__()
+        self.q, self.k, self.down = (nn.Linear(width, width) for _ in range(3))
+        self.keeps, self.writes = keeps, writes
+        self.kept: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x
+        y = torch.tanh(self.q(x)) * self.k(x)
+        rest = self.kept if self.keeps else x
+        out = rest + self.down(y)
+        return x.copy_(out) if self.writes else out
+
+
+class _Chain(nn.Module):
+    def __init__(self, depth: int = 3, **kind: bool):
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.layers = nn.ModuleList(_Block(**kind) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.layers:
+            x = block(x)
+        return self.head(x)
+
+
+def _source(tiny: Source, module: nn.Module, count: int = 7) -> Source:
+    generator = torch.Generator().manual_seed(5)
+    samples = [{"x": torch.randn(2, 7, 5, generator=generator)} for _ in range(count)]
+    x = dataclasses.replace(tiny.signature.inputs[0], name="x", dtype="float32", shape=(2, 7, 5))
+    y = dataclasses.replace(tiny.signature.outputs[0], name="output", shape=("batch",))
+    signature = dataclasses.replace(tiny.signature, inputs=(x,), outputs=(y,))
+    return with_module(dataclasses.replace(tiny, signature=signature, samples=lambda: iter(samples)), module)
+
+
+def _chain(tiny: Source, **kind: bool) -> Source:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _source(tiny, _Chain(**kind))
+
+
+def _walked(source: Source, precision: str = "float32") -> tuple[list[tuple[str, Tensor, int]], list[Tensor], Turns]:
+    """What every turn saw, with the layers changed as they were met, and the weights in the end."""
+    names = [name for name in matrix_layers(source.module)[0] if "layers" in name]
+    seen, turns = [], Turns(precision)
+    for block in walk_blocks(source, names, list(source.samples())):
+        for totals in turns.totals(block, gram):
+            for name, total in totals.items():
+                seen.append((name, total.sum.clone(), total.rows))
+                matrix(block.layers[name]).mul_(1 - 0.01 * float(total.sum.diagonal().mean().clamp(max=30)))
+    return seen, [p.clone() for p in source.module.parameters()], turns
+
+
+@pytest.mark.parametrize("kind", [{}, {"writes": True}])
+def test_waiting_calls_give_what_new_calls_give(
+    tiny: Source, monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]
+) -> None:
+    """The sums of all turns, and the weights that follow from them, must not depend on how the block is run."""
+    waited, weights, turns = _walked(_chain(tiny, **kind))
+    assert list(turns._written.values()) == [[0] if kind else []]
+    monkeypatch.setattr(turns_module, "_MOST", 0)  # nothing may wait
+    again, others, turns = _walked(_chain(tiny, **kind))
+    assert list(turns._written.values()) == [None]
+    assert [name for name, _, _ in waited] == [f"layers.{i}.{n}" for i in range(3) for n in ("q", "k", "down")]
+    for (name, one, count), (other_name, other, other_count) in zip(waited, again, strict=True):
+        assert (name, count) == (other_name, other_count) == (name, 7 * 2 * 7)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, others, rtol=1e-5, atol=1e-6)
+    assert threading.active_count() == 1
+
+
+def test_two_walks_are_bit_identical(tiny: Source) -> None:
+    """Threads or not: one call runs at a time, in order."""
+    one, two = (_walked(_chain(tiny)) for _ in range(2))
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(one[0], two[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+
+
+def test_a_block_that_keeps_something_of_a_call_does_not_wait(tiny: Source) -> None:
+    """Side by side its calls would mix: the proof must see that, and the sums be those of single calls."""
+    seen, _, turns = _walked(_chain(tiny, keeps=True))
+    assert list(turns._written.values()) == [None]
+    plain, _, _ = _walked(_chain(tiny))
+    for (_, one, _), (_, other, _) in zip(seen, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_pairs_wait_side_by_side(tiny: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments with the block as it was must be the same whether both wait or both are run anew."""
+
+    def walked() -> list[Tensor]:
+        source = _chain(tiny)
+        original = with_module(source, shell(source.module))
+        changed = with_module(source, shell(source.module))
+        names = [name for name in matrix_layers(source.module)[0] if "layers" in name]
+        found, turns = [], Turns()
+        samples = list(source.samples())
+        pairs = zip(walk_blocks(changed, names, samples), walk_blocks(original, names, samples), strict=True)
+        for now, before in pairs:
+            for moments in turns.moments(before, now):
+                for name, both in moments.items():
+                    found += [both.gram.clone(), both.cross.clone()]
+                    layer = now.layers[name]
+                    layer.weight = nn.Parameter(layer.weight * 0.7, requires_grad=False)  # type: ignore[operator]
+        return found
+
+    waited = walked()
+    monkeypatch.setattr(turns_module, "_MOST", 0)
+    torch.testing.assert_close(waited, walked(), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(waited[4], waited[5])  # the second turn reads what the changed layers of the first give
+
+
+def test_low_precision_is_near_and_outputs_stay_float32(tiny: Source) -> None:
+    """In bfloat16 the sums must be those of float32 to its accuracy, and what a block gives must be float32."""
+    exact, _, _ = _walked(_chain(tiny))
+    low, _, turns = _walked(_chain(tiny), "bfloat16")
+    assert turns.precision == "bfloat16"
+    for (_, one, _), (_, other, _) in zip(exact, low, strict=True):
+        assert 0 < float((one - other).norm() / one.norm()) < 0.02
+    source = _chain(tiny)
+    block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))
+    list(Turns("bfloat16").totals(block, gram))
+    assert block.given is not None and {out.dtype for out in block.given} == {torch.float32}
+
+
+def test_what_fails_in_a_waiting_call_is_raised_and_ends_all(tiny: Source) -> None:
+    """An error inside a call must reach the caller, and no thread or hook may be left, nor after an early end."""
+    source = _chain(tiny)
+    block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
+    with Paused(block.module, block.calls, block.layers) as paused:
+        assert len(paused.reach(["layers.0.q"])) == 7
+    with Paused(block.module, block.calls, block.layers) as paused:
+        paused.reach(["layers.0.q"])
+        block.module.down.weight.resize_(3, 3)  # type: ignore[union-attr, operator]
+        paused.release(["layers.0.q"])
+        paused.reach(["layers.0.down"])
+        with pytest.raises(RuntimeError):
+            list(paused.outputs())
+    assert threading.active_count() == 1
+    assert not any(layer._forward_pre_hooks for layer in block.layers.values())
+
+
+def test_sums_that_are_not_finite_are_refused(tiny: Source) -> None:
+    """A layer that overflows must be named, as everywhere."""
+    source = _chain(tiny)
+    matrix(source.module.layers[0].q).fill_(torch.inf)  # type: ignore[index, union-attr]
+    block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
+    with pytest.raises(InputRefused, match=r"layers\.0\.down"):
+        list(Turns().totals(block, gram))
+    assert threading.active_count() == 1
+
+
+def test_outputs_of_waiting_calls_are_those_of_the_changed_block(tiny: Source) -> None:
+    """`given` must be what the block gives as it was left."""
+    source = _chain(tiny)
+    block: Block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
+    for totals in Turns().totals(block, gram):
+        for name in totals:
+            matrix(block.layers[name]).mul_(0.5)
+    assert block.given is not None
+    for call, given in zip(block.calls, block.given, strict=True):
+        assert torch.equal(leaves(replay(block.module, call))[0], given)
