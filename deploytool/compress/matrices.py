@@ -67,6 +67,12 @@ def rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     raise TypeError(f"the layer must be a Linear or a convolution, not a {type(layer).__name__}")
 
 
+def output_rows(layer: nn.Module, outputs: Tensor) -> Tensor:
+    """The layer's output [..., out] or [batch, out, ...] as rows [n, out], in the order of `rows`."""
+    last = outputs if isinstance(layer, nn.Linear) else outputs.movedim(1, -1)
+    return last.reshape(-1, last.shape[-1])
+
+
 def geometry(layer: nn.Module) -> tuple[object, ...]:
     """Equal for two layers that make the same rows of the same input."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):

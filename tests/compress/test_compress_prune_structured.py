@@ -168,6 +168,56 @@ def test_residual_channels_hang_together() -> None:
     assert set(why) == {"last"}
 
 
+PARTS = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return x + torch.cat([self.down(torch.relu(self.up(part))) for part in x.split(PART)])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(6, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def build():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+def samples():
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(rows, 6, generator=generator)} for rows in (4, 12, 5, 9)]
+"""
+
+
+@pytest.mark.parametrize("part", [6, 100])
+def test_layers_that_run_twice_on_some_sample_are_left_alone(tmp_path: Path, part: int) -> None:
+    """Long samples that are cut into parts must not be counted as one of their parts: nothing goes, with the reason."""
+    (tmp_path / "parts.py").write_text(PARTS.replace("PART)", f"{part})"))
+    source = open_source(resolve(str(tmp_path / "parts.py")))
+    if part == 100:
+        assert {e["after"] for e in _run(source, remove=0.5)[1]["layers"]} == {4}
+        return
+    with pytest.raises(UsageProblem, match="units") as refused:
+        _run(source, remove=0.5)
+    assert any("blocks.0.up: it runs several times" in line for line in refused.value.detail)
+
+
 def test_half_of_a_transformer_goes(digits: Source) -> None:
     """Parameters must fall by half, shapes with them, and reconstruction must keep more than plain removal does."""
     pruned, report = _run(digits, remove=0.5)

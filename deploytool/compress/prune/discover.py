@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 from torch import Tensor, nn
 
 from deploytool.compress.blocks import find_blocks
-from deploytool.compress.calls import record_calls, replay
+from deploytool.compress.calls import plain_forward, record_calls, replay
 from deploytool.compress.matrices import matrix
 from deploytool.compress.prune.influence import watch
 from deploytool.compress.prune.units import Group, find_groups
@@ -23,7 +24,8 @@ def discover(source: Source, layers: dict[str, nn.Module], samples: list[dict[st
 ]:  # fmt: skip
     """The groups that the matrix layers make, in the order of their makers, and why the others make none.
 
-    Blocks are looked at alone, which is fast; layers whose channels leave their block are looked at in the model.
+    Layers that run several times on any sample are in no group: the fit takes one run for all of a call. Blocks are
+    looked at alone, which is fast; layers whose channels leave their block are looked at in the model.
     """
     module, run = source.module, partial(source.flat, *_example(source, samples))
     channels = {name: matrix(layer).shape[0] for name, layer in layers.items()}
@@ -47,6 +49,7 @@ def discover(source: Source, layers: dict[str, nn.Module], samples: list[dict[st
         found, reasons = find_groups(probe, rest, shrinkable)
         why = {n: r for n, r in why.items() if n not in rest} | reasons
         groups += found
+    groups = _once(groups, _repeated(source, samples), why)
     return _disjoint(sorted(groups, key=lambda g: list(channels).index(g.makers[0])), why), why
 
 
@@ -63,6 +66,37 @@ def _example(source: Source, samples: list[dict[str, Tensor]]) -> list[Tensor]:
     fit = [i for i, size in enumerate(sizes) if size >= _ENOUGH]
     best = samples[min(fit, key=lambda i: sizes[i]) if fit else sizes.index(max(sizes))]
     return [best[name] for name in source.signature.input_names]
+
+
+def _repeated(source: Source, samples: list[dict[str, Tensor]]) -> set[str]:
+    """Names of the modules with weights that run more than once on some sample, as for a long text cut into parts."""
+    named = {n: m for n, m in source.module.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    runs: Counter[str] = Counter()
+    repeated: set[str] = set()
+    handles = [m.register_forward_pre_hook(lambda _, args, n=n: runs.update((n,))) for n, m in named.items()]
+    try:
+        for sample in samples:
+            runs.clear()
+            with plain_forward():
+                source.flat(*(sample[name] for name in source.signature.input_names))
+            repeated |= {name for name, count in runs.items() if count > 1}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return repeated
+
+
+def _once(groups: list[Group], repeated: set[str], why: dict[str, str]) -> list[Group]:
+    """The groups without those that have a layer which runs several times."""
+    kept = []
+    for group in groups:
+        often = [name for name in (*group.makers, *group.readers) if name in repeated]
+        if often:
+            why.update({n: "it runs several times" if n in repeated else f"{often[0]} runs several times"
+                        for n in group.makers})  # fmt: skip
+        else:
+            kept.append(group)
+    return kept
 
 
 def _disjoint(groups: list[Group], why: dict[str, str]) -> list[Group]:

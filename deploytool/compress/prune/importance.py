@@ -9,7 +9,7 @@ taylor       |dL/dg| for a gate g = 1 on all of the unit's channels, summed over
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -21,10 +21,11 @@ from deploytool.compress.blocks import walk_blocks
 from deploytool.compress.fitting import labelled_batches, outputs_of
 from deploytool.compress.matrices import matrix
 from deploytool.compress.prune.influence import channel_axis
-from deploytool.compress.prune.readings import home, read
+from deploytool.compress.prune.readings import NOTHING, home, read
 from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, removal_order
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
+from deploytool.compress.prune.weighing import Weighing
 from deploytool.load.resize import sizes
 from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
@@ -47,11 +48,12 @@ def unit_scores(
 
 
 def losses(
-    source: Source, groups: Sequence[Group], settings: Structured, samples: list[dict[str, Tensor]]
-) -> list[list[float]]:
+    source: Source, groups: Sequence[Group], settings: Structured, samples: list[dict[str, Tensor]],
+    weighing: Mapping[str, Weighing] = NOTHING,
+) -> list[list[float]]:  # fmt: skip
     """What removing one unit after the other costs each group, as a share of its whole: to compare groups."""
     if settings.importance == "reconstruction":
-        readings = all_readings(source, groups, samples)
+        readings = all_readings(source, groups, samples, weighing)
         return [removal_order(held, settings.damping or ORDER_DAMPING, len(group) - 1)[1]
                 for held, group in zip(readings, groups, strict=True)]  # fmt: skip
     scores = unit_scores(source, groups, settings, samples)
@@ -62,7 +64,8 @@ def losses(
 
 
 def all_readings(
-    source: Source, groups: Sequence[Group], samples: list[dict[str, Tensor]]
+    source: Source, groups: Sequence[Group], samples: list[dict[str, Tensor]],
+    weighing: Mapping[str, Weighing] = NOTHING,
 ) -> list[list[Reading]]:  # fmt: skip
     """What every group's readers see in the model as it is."""
     homes = [home(source.module, [*group.makers, *group.readers]) for group in groups]
@@ -73,7 +76,7 @@ def all_readings(
     for block in walk_blocks(with_module(source, shell(source.module)), ordered, samples):
         for index, (group, names) in enumerate(zip(groups, readers, strict=True)):
             held = {n: columns(block.layers[n], n, group) for n in names if n in block.layers}
-            made = read(block, block, held, whole=homes[index] is not None) if held else []
+            made = read(block, block, held, whole=homes[index] is not None, weighing=weighing) if held else []
             found.update({(index, n): reading for n, reading in zip(held, made, strict=True)})
     return [[found[i, n] for n in names if (i, n) in found] for i, names in enumerate(readers)]
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from deploytool.compress.blocks import Block, check_finite, find_blocks
 from deploytool.compress.calls import Call, Reached, leaves, replay
-from deploytool.compress.matrices import geometry, gram, matrix, rows
+from deploytool.compress.matrices import geometry, gram, matrix, output_rows, rows
 from deploytool.compress.prune.refit import Reading
+from deploytool.compress.prune.weighing import Weighing
 
 _PARTS = 4  # one of so many calls is held out
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ROUNDING = 1e-12  # of the sum of squares: what subtracting the mean leaves of equal rows
 _SAME = 1e-3  # of the largest disturbance: how exactly it must come back
 
@@ -61,50 +62,58 @@ def home(module: nn.Module, names: list[str]) -> str | None:
 
 
 def read(
-    before: Block, now: Block, layers: dict[str, list[Tensor]], *, whole: bool, left: Mapping[str, Tensor] = NOTHING
-) -> list[Reading]:
+    before: Block, now: Block, layers: dict[str, list[Tensor]], *, whole: bool, left: Mapping[str, Tensor] = NOTHING,
+    weighing: Mapping[str, Weighing] = NOTHING,
+) -> list[Reading]:  # fmt: skip
     """The readings of the named layers, given with the columns of their units, over all calls of the uncompressed
     block and of the block now.
 
-    whole   of one layer: aim at the sum that its output is added to, where there is one, and not at the output alone
-    left    the outputs [out] of a layer that other removals have left, where these are not all
+    whole      of one layer: aim at the sum that its output is added to, where there is one, and not at the output alone
+    left       the outputs [out] of a layer that other removals have left, where these are not all
+    weighing   how much errors matter, by layer, where not alike
     """
     weights = {name: _with_bias(before.layers[name]) for name in layers}
     weights = {name: weight[left[name]] if name in left else weight for name, weight in weights.items()}
     total, held = ({name: _Sums.zero(weight) for name, weight in weights.items()} for _ in range(2))
     place = find_sum(before, next(iter(layers))) if whole and len(layers) == 1 and not left else None
+    weighed = {name: _Weighed(weighing.get(name), left.get(name)) for name in layers}
     spread = _Spread()
     for index, (old, new) in enumerate(zip(before.calls, now.calls, strict=True)):
         was, seen = _look(before, layers, old, place), _look(now, layers, new, place)
         if place is not None:
-            spread.add(_flat(now.layers[next(iter(layers))], was.later[place]))
-        for name, square, product in _products(was, seen, now.layers, place, left):
+            first = next(iter(layers))
+            spread.add(*weighed[first].errors(index, output_rows(now.layers[first], was.later[place])))
+        for name, square, product in _products(index, was, seen, now.layers, place, left, weighed):
             for sums in (total, held)[: 2 if index % _PARTS == _PARTS - 1 else 1]:
                 sums[name].add(square, product)
     check_finite({name: torch.cat([sums.gram, sums.wanted]) for name, sums in total.items()})
     return [
         Reading(weight, total[name].gram, total[name].wanted, layers[name],
                 (held[name].gram, held[name].wanted) if len(now.calls) >= _PARTS else None,
-                None if place is None else spread.total)
+                None if place is None else spread.total, weighed[name].root)
         for name, weight in weights.items()
     ]  # fmt: skip
 
 
 def _products(
-    was: _Seen, seen: _Seen, layers: Mapping[str, nn.Module], place: str | None, left: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+    index: int, was: _Seen, seen: _Seen, layers: Mapping[str, nn.Module], place: str | None,
+    left: Mapping[str, Tensor], weighed: Mapping[str, _Weighed],
+) -> Iterator[tuple[str, Tensor, Tensor]]:  # fmt: skip
     """X^T X and Y^T X of every layer, float64, with a column of ones in X; the first one once for layers that read the
     same tensor."""
     grams: dict[Any, Tensor] = {}
     for name, read_now in seen.read.items():
         x = rows(layers[name], read_now)
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        key = (id(read_now), *geometry(layers[name]))
+        scale = weighed[name].scale(index)
+        x = x if scale is None else x * scale
+        key = (id(read_now), *geometry(layers[name]), None if scale is None else name)
         if key not in grams:
             grams[key] = gram(x).double()
         wanted = was.gave[name] if place is None else was.later[place] - (seen.later[place] - seen.gave[name])
-        y = _flat(layers[name], wanted)
+        y = output_rows(layers[name], wanted)
         y = y[:, left[name]] if name in left else y
+        y = y if scale is None else y * scale
         yield name, grams[key], (y.T @ x).double()
 
 
@@ -128,27 +137,42 @@ def find_sum(block: Block, name: str) -> str | None:
     return found[-1] if found else None
 
 
+class _Weighed:
+    """How much one layer's errors matter; alike where nothing is known. `left` are the outputs that removals left."""
+
+    def __init__(self, weighing: Weighing | None, left: Tensor | None):
+        self._weighing = weighing
+        root = None if weighing is None else weighing.root
+        self.root = root if root is None or left is None else root[left]
+
+    def scale(self, index: int) -> Tensor | None:
+        """Square roots [n, 1] of the weights of the rows of one call."""
+        return None if self._weighing is None else self._weighing.rows[index].sqrt()[:, None]
+
+    def errors(self, index: int, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of one call in which the square of every entry counts alike, and the weights of the rows [n, 1]."""
+        if self._weighing is None:
+            return values, None
+        return values.double() @ self._weighing.root, self._weighing.rows[index][:, None]
+
+
 class _Spread:
     """The sum of squares of rows about their mean; 0 where they differ by rounding only."""
 
     def __init__(self) -> None:
-        self.count, self.first, self.second = 0, torch.zeros((), dtype=torch.float64), 0.0
+        self.count, self.first, self.second = 0.0, torch.zeros((), dtype=torch.float64), 0.0
 
-    def add(self, values: Tensor) -> None:
-        self.count += len(values)
-        self.first = self.first + values.double().sum(dim=0)
-        self.second += float(values.double().square().sum())
+    def add(self, values: Tensor, weights: Tensor | None = None) -> None:
+        """Rows [n, out] and their weights [n, 1], 1 where left out."""
+        weights = torch.ones(len(values), 1) if weights is None else weights
+        self.count += float(weights.sum())
+        self.first = self.first + (weights * values.double()).sum(dim=0)
+        self.second += float((weights * values.double().square()).sum())
 
     @property
     def total(self) -> float:
         total = self.second - float(self.first.square().sum()) / self.count
         return total if total > _ROUNDING * self.second else 0.0
-
-
-def _flat(layer: nn.Module, outputs: Tensor) -> Tensor:
-    """Outputs as rows [n, out], in the order of `rows`."""
-    last = outputs if isinstance(layer, nn.Linear) else outputs.movedim(1, -1)
-    return last.reshape(-1, last.shape[-1])
 
 
 def _look(

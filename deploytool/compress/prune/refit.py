@@ -4,7 +4,8 @@
 
 with G = X^T X of the inputs now, D = Y^T X with the outputs Y that are wanted, and l a share of G's mean diagonal.
 Columns c are removed at the loss  tr(W_c (H_cc)^-1 W_c^T)  with H = (G + l I)^-1, after which W and H are those of the
-regression without them.
+regression without them. Where errors of the outputs do not count alike (weighing.py), R^T W stands for W: the fit is
+the same, as each output is a regression of its own, but not which columns matter least.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: optimal brain surgeon", NIPS 1992; for whole
 structures Kurtic, Frantar, Alistarh, "ZipLM: inference-aware structured pruning of language models", NeurIPS 2023.
@@ -35,6 +36,7 @@ class Reading:
     columns        those of each unit
     held           G and D of the rows that are held out for choosing the damping; None when there are too few
     spread         sum of squares that losses are shares of; None: the energy of the layer's own outputs
+    root           R [out, out]: an error e of the outputs counts as |e R|^2; None: as |e|^2
     """
 
     weight: Tensor
@@ -43,6 +45,7 @@ class Reading:
     columns: list[Tensor]
     held: tuple[Tensor, Tensor] | None = None
     spread: float | None = None
+    root: Tensor | None = None
 
 
 def best_weight(weight: Tensor, gram: Tensor, wanted: Tensor, kept: Tensor, damping: float) -> Tensor:
@@ -102,6 +105,7 @@ def _start(reading: Reading, damping: float) -> tuple[Tensor, Tensor, float]:
     weight = best_weight(reading.weight, reading.gram, reading.wanted, everything, damping)
     ridge = damping * float(reading.gram.diagonal().mean()) or 1.0
     inverse = torch.cholesky_inverse(_lower(reading.gram, ridge))
+    weight = weight if reading.root is None else reading.root.T @ weight
     energy = float(((weight @ reading.gram) * weight).sum()) if reading.spread is None else reading.spread
     return weight.float(), inverse.float(), energy or 1.0
 

@@ -8,7 +8,7 @@ the makers to their old outputs, the readers to the old sums that they add to. N
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from deploytool.compress.prune.readings import home, read
 from deploytool.compress.prune.refit import ORDER_DAMPING, Reading, best_damping, best_kept, best_weight, removal_order
 from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
+from deploytool.compress.prune.weighing import Weighing, weigh_errors
 from deploytool.compress.select import select
 from deploytool.compress.step import Context
 from deploytool.errors import UsageProblem
@@ -42,7 +43,8 @@ class Removal:
 
     `rows` are the outputs [n] that removals before it have left of a layer, by its name, and `masks` what is not zero
     since earlier steps, by the weight's name, as removals have left it; one object each for all removals.
-    `fixed` are makers that stay as they are: those that also read units, and those with zeros of earlier steps.
+    `fixed` are makers that stay as they are: those that also read units, and those with zeros of earlier steps;
+    `weighing` says how much errors of the readers matter, where not alike.
     """
 
     group: Group
@@ -52,6 +54,7 @@ class Removal:
     rows: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     fixed: frozenset[str] = frozenset()
     masks: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    weighing: Mapping[str, Weighing] = field(default_factory=dict, compare=False, repr=False)
 
 
 def apply(source: Source, settings: Structured, context: Context) -> tuple[Source, dict[str, Any]]:
@@ -63,12 +66,13 @@ def apply(source: Source, settings: Structured, context: Context) -> tuple[Sourc
     groups, why = discover(pruned, layers, samples)
     skipped += [{"layer": name, "reason": reason} for name, reason in why.items()]
     chosen = _chosen(pruned, groups, settings, skipped)
-    counts = _counts(source, chosen, settings, samples)
+    weighing = _weighing(source, chosen, settings, samples)
+    counts = _counts(source, chosen, settings, samples, weighing)
     rows: dict[str, Tensor] = {}
     masks = dict(source.masks)
     fixed = frozenset(n for g in chosen for n in g.readers) | {n.removesuffix(".weight") for n in source.masks}
-    removals = [Removal(g, kind(source, g), c, [], rows, fixed, masks) for g, c in zip(chosen, counts, strict=True)
-                if c or settings.reconstruct]  # fmt: skip
+    removals = [Removal(g, kind(source, g), c, [], rows, fixed, masks, weighing)
+                for g, c in zip(chosen, counts, strict=True) if c or settings.reconstruct]  # fmt: skip
     skipped += [{"layer": name, "reason": "none of its units was worth removing"}
                 for g, c in zip(chosen, counts, strict=True) if not c for name in g.makers]  # fmt: skip
     scores = unit_scores(source, [r.group for r in removals], settings, samples)
@@ -119,13 +123,24 @@ def _chosen(source: Source, groups: list[Group], settings: Structured, skipped: 
     return chosen
 
 
-def _counts(source: Source, groups: list[Group], settings: Structured, samples: list[dict[str, Tensor]]) -> list[int]:
+def _weighing(
+    source: Source, groups: list[Group], settings: Structured, samples: list[dict[str, Tensor]]
+) -> dict[str, Weighing]:
+    if settings.weigh == "alike":
+        return {}
+    return weigh_errors(source, [n for g in groups for n in g.readers if _is_matrix(source, n)], samples)
+
+
+def _counts(
+    source: Source, groups: list[Group], settings: Structured, samples: list[dict[str, Tensor]],
+    weighing: Mapping[str, Weighing],
+) -> list[int]:  # fmt: skip
     """How many units each group gives up."""
     units = [len(group) for group in groups]
     if settings.scope == "layer":
         return same_share(units, settings.remove)
     weights = [unit_weights(source.module, group) for group in groups]
-    return least_loss(losses(source, groups, settings, samples), weights, units, settings.remove)
+    return least_loss(losses(source, groups, settings, samples, weighing), weights, units, settings.remove)
 
 
 def _stages(
@@ -212,7 +227,7 @@ def _ignore(
         return
     left = {name: rows for name, rows in removal.rows.items() if name in readers}
     readings = read(before, block, {n: columns(before.layers[n], n, removal.group) for n in readers},
-                    whole=block.name != "", left=left)  # fmt: skip
+                    whole=block.name != "", left=left, weighing=removal.weighing)  # fmt: skip
     if scores is None:
         removal.units = sorted(removal_order(readings, settings.damping or ORDER_DAMPING, removal.count)[0])
     for name, reading in zip(readers, readings, strict=True):

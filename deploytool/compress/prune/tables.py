@@ -121,6 +121,8 @@ class Structured(StepTable):
     units              which kinds: "heads", "neurons", "channels"; left out: all
     importance         "reconstruction": the least loss once the rest has made good for it; "activation": the strength
                        of what a unit adds; "magnitude": of its weights; "taylor": of its first-order effect on the loss
+    weigh              errors of what layers give count "alike", or by how much the model's "outputs" change with them,
+                       which takes backward passes; of importance "reconstruction" and of reconstruct
     reconstruct        fit the layers that make and read the units to the uncompressed model's outputs, in closed form
     damping            weight of staying as it was, as a share of the mean square of the inputs; left out: what serves
                        best on a quarter of the samples that the fit has not seen
@@ -133,6 +135,7 @@ class Structured(StepTable):
     scope: Literal["layer", "global"] = "layer"
     units: tuple[Literal["heads", "neurons", "channels"], ...] = Field(default=(), strict=False)
     importance: Literal["reconstruction", "activation", "magnitude", "taylor"] = "reconstruction"
+    weigh: Literal["alike", "outputs"] = "alike"
     reconstruct: bool = True
     damping: float | None = Field(default=None, gt=0, le=100)
     include: tuple[str, ...] = Field(default=(), strict=False)
