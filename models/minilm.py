@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -103,12 +103,34 @@ def samples() -> Iterable[Feeds]:
     return tuple(chosen)
 
 
+def _held_out() -> list[str]:
+    """256 sentences spread over the whole text."""
+    return _sentences()[5::9][:256]
+
+
 @cache
 def _evaluation() -> list[Feeds]:
-    """256 sentences spread over the whole text, in batches of 8 of similar length."""
-    spread = _sentences()[5::9][:256]
-    ordered = sorted(spread, key=len)
+    """The held-out sentences in batches of 8 of similar length."""
+    ordered = sorted(_held_out(), key=len)
     return [_encode(ordered[start : start + 8], 128) for start in range(0, len(ordered), 8)]
+
+
+@cache
+def _others() -> list[str]:
+    """The sentences that are not held out, each once, by length."""
+    return sorted(set(_sentences()) - set(_held_out()), key=lambda sentence: (len(sentence), sentence))
+
+
+def train_batches(epoch: int = 0) -> Iterator[Feeds]:
+    """One pass over the sentences that are not held out, 32 of similar length in a batch; `epoch` seeds the order.
+
+    There are no labels: a smaller model learns what the pretrained one gives.
+    """
+    generator = torch.Generator().manual_seed(epoch)
+    shift = int(torch.randint(32, (), generator=generator))
+    starts = range(-shift, len(_others()), 32)
+    for index in torch.randperm(len(starts), generator=generator).tolist():
+        yield _encode(_others()[max(0, starts[index]) : starts[index] + 32], 128)
 
 
 def _similarities(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> Tensor:

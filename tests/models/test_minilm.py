@@ -51,3 +51,20 @@ def test_sentences_of_one_meaning_are_near(source: Source, model: Model) -> None
         embedding = model("minilm")(**source("minilm")._encode(texts, 128))["sentence_embedding"]
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
     assert embedding[0] @ embedding[1] > embedding[0] @ embedding[2] + 0.3
+
+
+def test_training_never_sees_the_evaluation(source: Source) -> None:
+    """An epoch must hold every other sentence once, the same ones in another order each time, and none held out."""
+    minilm = source("minilm")
+
+    def rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, ...]]:
+        return [tuple(ids[mask.bool()].tolist()) for feeds in batches
+                for ids, mask in zip(feeds["input_ids"], feeds["attention_mask"], strict=True)]  # fmt: skip
+
+    epochs = [list(minilm.train_batches(epoch)) for epoch in (0, 1)]
+    assert epochs[0][0]["input_ids"].shape != epochs[1][0]["input_ids"].shape or not torch.equal(
+        epochs[0][0]["input_ids"], epochs[1][0]["input_ids"]
+    )
+    first, second, held_out = (rows(batches) for batches in (*epochs, minilm._evaluation()))
+    assert sorted(first) == sorted(second) and len(first) == len(minilm._others()) > 1600
+    assert not set(first) & set(held_out)
