@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deploytool.compress.calls import plain_forward
 from deploytool.compress.factorize.ranks import largest_saving_rank, rank_for_keep
+from deploytool.compress.linears import with_linears
 from deploytool.compress.matrices import matrix, matrix_layers
 from deploytool.compress.recipe import Recipe, load_recipe
 from deploytool.compress.run import measure
@@ -45,7 +46,7 @@ def explain(source: Source, recipe: Recipe, *, seed: int = 0) -> dict[str, Any]:
     """
     context = Context(source, recipe.calibration, seed, lambda line: None)
     told: list[dict[str, Any]] = []
-    current = source
+    current, _ = with_linears(source)
     for settings in recipe.steps:
         without = [number for number, row in enumerate(told, 1) if not row["tried"]]
         if settings.step in _RUN:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deploytool import child
+from deploytool.compress.linears import with_linears
 from deploytool.compress.recipe import Recipe, load_recipe
 from deploytool.compress.step import Context, Progress
 from deploytool.encoding import Encoding
@@ -53,7 +54,10 @@ def compress(
                            fix="add evaluate() to the model file, or remove max_drop")  # fmt: skip
     context = Context(original, recipe.calibration, seed, progress)
     before = after = measure(original, evaluate)
-    current, steps = source, []
+    steps: list[dict[str, Any]] = []
+    current, linears = with_linears(source)
+    if linears:
+        progress(f"{len(linears)} layers that compute what a Linear does are one from here on: {linears[0]} ...")
     for number, settings in enumerate(recipe.steps, start=1):
         progress(f"step {number}/{len(recipe.steps)}: {settings.step}")
         started = time.perf_counter()

@@ -59,6 +59,16 @@ def replace_linear_by_pair(root: nn.Module, name: str, rank: int) -> nn.Sequenti
     return pair
 
 
+def replace_by_linear(root: nn.Module, name: str, inputs: int, outputs: int) -> None:
+    """Replace a layer that holds as many weights by Linear(inputs, outputs); the new weights are not set yet."""
+    old = root.get_submodule(name)
+    weight, bias = old.get_parameter("weight"), dict(old.named_parameters(recurse=False)).get("bias")
+    if sorted(weight.shape) != sorted((inputs, outputs)) or (bias is not None and bias.shape != (outputs,)):
+        raise ValueError(f"layer {name!r} must hold a weight of {inputs} x {outputs}, not {tuple(weight.shape)}")
+    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=weight.dtype)
+    replace_layer(root, name, made.to_empty(device=weight.device).requires_grad_(False))
+
+
 def keep_items(root: nn.Module, name: str, items: Sequence[int]) -> None:
     """Keep only the numbered layers of a list, in their order; layers that know their own number learn the new one."""
     old = root.get_submodule(name)
@@ -81,6 +91,7 @@ EDITS: dict[str, Callable[[nn.Module, Edit], object]] = {
     "keep_items": lambda root, edit: keep_items(root, edit["layer"], edit["items"]),
     "linear_pair": lambda root, edit: replace_linear_by_pair(root, edit["layer"], int(edit["rank"])),
     "attention_pattern": lambda root, edit: reroute(root, edit["layer"], Pattern(**edit["pattern"])),
+    "linear": lambda root, edit: replace_by_linear(root, edit["layer"], edit["inputs"], edit["outputs"]),
     "number": lambda root, edit: set_number(root, edit["layer"], edit["attribute"], edit["value"]),
     "conv_tucker": lambda root, edit: replace_layer(
         root, edit["layer"], tucker_layers(root.get_submodule(edit["layer"]), edit["inputs"], edit["outputs"])
