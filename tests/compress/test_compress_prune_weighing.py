@@ -103,6 +103,20 @@ def test_the_units_that_the_outputs_do_not_see_go_first(tmp_path: Path) -> None:
     assert errors["outputs"] < 0.05 * errors["alike"]
 
 
+def test_only_the_named_outputs_count(tmp_path: Path) -> None:
+    """Rows and directions that only another output reads must weigh nothing; unknown names must be refused."""
+    source = _source(tmp_path, """{"whole": hidden, "first": self.head(hidden)[:, 0]}""")
+    one = weigh_errors(source, ["down"], list(source.samples()), ["first"])["down"]
+    both = _weighing(source)
+    assert all(bool((rows.view(-1, 4)[:, 1:] == 0).all()) for rows in one.rows)
+    assert all(bool((rows > 0).all()) for rows in both.rows)
+    with pytest.raises(UsageProblem, match="got frist") as refused:
+        weigh_errors(source, ["down"], [], ["frist"])
+    assert "first" in refused.value.detail[0]
+    with pytest.raises(ValueError, match="output must be left out"):
+        Structured(step="structured", remove=0.5, output=("first",))
+
+
 def test_two_runs_are_bit_identical_and_leave_the_model_alone(tmp_path: Path) -> None:
     """The projections are drawn from a seed of their own, and no gradient may stay at the weights."""
     source = _source(tmp_path)

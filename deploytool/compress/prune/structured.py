@@ -128,7 +128,8 @@ def _weighing(
 ) -> dict[str, Weighing]:
     if settings.weigh == "alike":
         return {}
-    return weigh_errors(source, [n for g in groups for n in g.readers if _is_matrix(source, n)], samples)
+    readers = [n for g in groups for n in g.readers if _is_matrix(source, n)]
+    return weigh_errors(source, readers, samples, settings.output)
 
 
 def _counts(

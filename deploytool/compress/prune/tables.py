@@ -123,6 +123,7 @@ class Structured(StepTable):
                        of what a unit adds; "magnitude": of its weights; "taylor": of its first-order effect on the loss
     weigh              errors of what layers give count "alike", or by how much the model's "outputs" change with them,
                        which takes backward passes; of importance "reconstruction" and of reconstruct
+    output             names of the outputs that errors are weighed by; left out: all
     reconstruct        fit the layers that make and read the units to the uncompressed model's outputs, in closed form
     damping            weight of staying as it was, as a share of the mean square of the inputs; left out: what serves
                        best on a quarter of the samples that the fit has not seen
@@ -136,10 +137,17 @@ class Structured(StepTable):
     units: tuple[Literal["heads", "neurons", "channels"], ...] = Field(default=(), strict=False)
     importance: Literal["reconstruction", "activation", "magnitude", "taylor"] = "reconstruction"
     weigh: Literal["alike", "outputs"] = "alike"
+    output: tuple[str, ...] = Field(default=(), strict=False)
     reconstruct: bool = True
     damping: float | None = Field(default=None, gt=0, le=100)
     include: tuple[str, ...] = Field(default=(), strict=False)
     exclude: tuple[str, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _weighed_by(self) -> Self:
+        if self.output and self.weigh == "alike":
+            raise ValueError('output must be left out where weigh is "alike"')
+        return self
 
 
 class Progressive(TrainingTable):

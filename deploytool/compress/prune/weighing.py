@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deploytool.compress.blocks import check_finite
 from deploytool.compress.calls import plain_forward
 from deploytool.compress.matrices import matrix, output_rows
-from deploytool.errors import UsageProblem
+from deploytool.errors import UsageProblem, nearest
 from deploytool.source import Source
 
 _DRAWS = 2  # random projections for each sample
@@ -37,14 +37,25 @@ class Weighing:
     rows: list[Tensor]
 
 
-def weigh_errors(source: Source, layers: Iterable[str], samples: Sequence[dict[str, Tensor]]) -> dict[str, Weighing]:
-    """{layer: its Weighing}, of layers that run once on each sample. One backward pass for each sample and draw."""
+def weigh_errors(
+    source: Source, layers: Iterable[str], samples: Sequence[dict[str, Tensor]], named: Sequence[str] = ()
+) -> dict[str, Weighing]:
+    """{layer: its Weighing}, by all floating-point outputs or the named; a layer runs at most once on each sample.
+
+    One backward pass for each sample and draw.
+    """
+    floats = [spec.name for spec in source.signature.outputs if spec.dtype.startswith("float")]
+    unknown = [name for name in named if name not in floats]
+    if unknown:
+        raise UsageProblem("DT204", f"errors must be weighed by floating-point outputs of the model (got "
+                           f"{', '.join(unknown)})", detail=[nearest(name, floats) for name in unknown])  # fmt: skip
+    chosen = [name in (named or floats) for name in source.signature.output_names]
     held = {name: source.module.get_submodule(name) for name in layers}
     squares = {name: torch.zeros(2 * (matrix(layer).shape[0],), dtype=torch.float64) for name, layer in held.items()}
     energies: dict[str, list[Tensor]] = {name: [] for name in held}
     generator = torch.Generator().manual_seed(0)
     for sample in samples:
-        found = _slopes(source, held, sample, generator)
+        found = _slopes(source, held, sample, chosen, generator)
         for name, slopes in found.items():
             squares[name] += torch.stack([(g.T @ g).double() for g in slopes]).sum(dim=0)
         for name, energy in energies.items():  # one entry for each sample, also for those that do not reach the layer
@@ -59,9 +70,10 @@ def weigh_errors(source: Source, layers: Iterable[str], samples: Sequence[dict[s
 
 
 def _slopes(
-    source: Source, layers: dict[str, nn.Module], sample: dict[str, Tensor], generator: torch.Generator
-) -> dict[str, list[Tensor]]:
-    """For every layer the slopes [rows, out] of random projections of the outputs."""
+    source: Source, layers: dict[str, nn.Module], sample: dict[str, Tensor], chosen: Sequence[bool],
+    generator: torch.Generator,
+) -> dict[str, list[Tensor]]:  # fmt: skip
+    """For every layer the slopes [rows, out] of random projections of the chosen outputs."""
     added: dict[str, Tensor] = {}
 
     def probe(name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -72,6 +84,7 @@ def _slopes(
     try:
         with plain_forward(), torch.enable_grad():
             outputs = source.flat(*(sample[n] for n in source.signature.input_names))
+            outputs = [output for output, wanted in zip(outputs, chosen, strict=True) if wanted]
             slopes: dict[str, list[Tensor]] = {name: [] for name in added}
             for draw in range(_DRAWS):
                 value = _projected(outputs, generator)
@@ -88,13 +101,12 @@ def _slopes(
 
 
 def _projected(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """A random projection of all floating-point outputs, in which each row of each output counts the same."""
+    """A random projection of the outputs, in which each row of each output counts the same."""
     value = torch.zeros(())
     for output in outputs:
-        if output.is_floating_point():
-            rows = output.reshape(len(output), -1) if output.ndim else output.reshape(1, 1)
-            noise = torch.randn(rows.shape, generator=generator).to(rows.dtype)
-            value = value + (rows * noise / rows.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)).sum()
+        rows = output.reshape(len(output), -1) if output.ndim else output.reshape(1, 1)
+        noise = torch.randn(rows.shape, generator=generator).to(rows.dtype)
+        value = value + (rows * noise / rows.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)).sum()
     return value
 
 
