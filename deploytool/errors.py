@@ -134,6 +134,7 @@ CODES: dict[str, str] = {
     "DT403": "A file or folder cannot be written.",
     "DT404": "Another deploytool process holds the lock.",
     "DT405": "There is less disk space or memory than the model and its artifacts need at the very least.",
+    "DT406": "A cluster cannot be reached, or has no node that can be used.",
     "DT501": "A worker process was ended by a signal or left without an answer.",
     "DT502": "A worker process ran longer than allowed.",
     "DT503": "A worker process took more memory than allowed.",

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "nncf", "tensorrt", "tensorrt_rtx",
-         "transformers", "tokenizers", "accelerate", "scipy", "sklearn", "matplotlib", "jinja2")  # fmt: skip
+         "transformers", "tokenizers", "accelerate", "scipy", "sklearn", "matplotlib", "jinja2", "ray")  # fmt: skip
 LIGHT = (
     "import deploytool.cli.main",
     "import deploytool.gate.check",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -61,8 +62,17 @@ class Variant(Table):
     tolerance: Tolerance
 
 
+class Bucket(Table):
+    """Feeds none of whose free dimensions is larger than in `sizes` go to the variant of `target`."""
+
+    sizes: dict[str, Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    target: str
+
+
 class Manifest(Table):
-    """The bundle. `created` stands there only when SOURCE_DATE_EPOCH gave it, so that equal content is equal bytes."""
+    """The bundle. `buckets`, where there are any, say which variant takes feeds of which sizes: the first that fits.
+
+    `created` stands there only when SOURCE_DATE_EPOCH gave it, so that equal content is equal bytes."""
 
     schema_version: str
     name: str = Field(pattern=f"^{LABEL}$")
@@ -70,6 +80,7 @@ class Manifest(Table):
     created: str | None = None
     model: dict[str, Any]
     variants: tuple[Variant, ...] = Field(min_length=1)
+    buckets: tuple[Bucket, ...] | None = Field(default=None, min_length=1)
     files: tuple[File, ...] = Field(min_length=1)
 
     def to_bytes(self) -> bytes:
@@ -97,7 +108,33 @@ def read_manifest(data: bytes, where: str) -> Manifest:
     targets = [variant.target.casefold() for variant in manifest.variants]
     if len(set(targets)) != len(targets):
         raise InputRefused("DT311", f"{where}: {MANIFEST} must name each target once (got {', '.join(targets)})")
+    if wrong := wrong_buckets(manifest.buckets or (), manifest.variants):
+        raise InputRefused("DT311", f"{where}: the table of buckets must fit the variants", detail=wrong[:20])
     return manifest
+
+
+def ordered(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """The table as it is written: the bucket with the fewest elements first."""
+    return tuple(sorted(buckets, key=lambda b: (math.prod(b.sizes.values()), sorted(b.sizes.items()), b.target)))
+
+
+def wrong_buckets(buckets: Sequence[Bucket], variants: Sequence[Variant]) -> list[str]:
+    """What is wrong with a table: sentences; none where nothing is."""
+    known = {variant.target: variant for variant in variants}
+    wrong = [f"{b.target!r} is no variant; {nearest(b.target, known)}" for b in buckets if b.target not in known]
+    used = [known[b.target] for b in buckets if b.target in known]
+    wrong += [f"{v.target!r} was built for a device that is not here" for v in used if not v.executes]
+    if any(v.signature != used[0].signature for v in used):
+        wrong.append("the variants must have the same inputs and outputs")
+    free = {d for v in used for spec in v.signature["inputs"] for d in spec["shape"] if isinstance(d, str)}
+    wrong += [f"{dim!r} is no free dimension; {nearest(dim, free)}" for b in buckets for dim in b.sizes
+              if dim not in free]  # fmt: skip
+    if any(b.sizes.keys() != buckets[0].sizes.keys() for b in buckets):
+        wrong.append("every bucket must have sizes of the same dimensions")
+    seen = [tuple(sorted(b.sizes.items())) for b in buckets]
+    if len(set(seen)) < len(seen):
+        wrong.append("no two buckets may have the same sizes")
+    return wrong
 
 
 def write_sums(sums: Mapping[str, str]) -> bytes:

@@ -20,11 +20,14 @@ from deploytool.bundle.manifest import (
     SELFTEST,
     SUMS,
     VARIANTS,
+    Bucket,
     File,
     Manifest,
     Tolerance,
     Variant,
+    ordered,
     write_sums,
+    wrong_buckets,
 )
 from deploytool.bundle.names import LABEL, check_names
 from deploytool.bundle.verify import verify_bundle
@@ -48,19 +51,20 @@ _TOLERANCES = {
 
 def pack(
     variants: Sequence[Artifact], out: Path, *, name: str, version: str, kind: Literal["dir", "tar"] = "dir",
-    overwrite: bool = False,
+    overwrite: bool = False, buckets: Sequence[Bucket] = (),
 ) -> Manifest:  # fmt: skip
     """Write a bundle of one model's artifacts to `out` and return its manifest; equal inputs give equal bytes.
 
     An artifact is taken only when its files are unchanged, golden cases lie in it, and its own report says that it
     passed. Its `artifact.json` is packed without the place where the model lay, and `report.json` with the digest of
-    what was packed. The bundle is verified before it gets its name. Raises IntegrityBroken, CheckFailed, InputRefused
-    or UsageProblem (the output exists and is no bundle, or may not be overwritten).
+    what was packed. `buckets` say which artifact takes feeds of which sizes. The bundle is verified before it gets its
+    name. Raises IntegrityBroken, CheckFailed, InputRefused or UsageProblem (the output exists and is no bundle, or may
+    not be overwritten; the table does not fit).
     """
     _check_labels(name, version)
     refuse_existing(out, overwrite, MANIFEST if kind == "dir" or out.is_dir() else None)
     contents = _contents(variants)
-    manifest = _manifest(variants, contents, name, version)
+    manifest = _manifest(variants, contents, name, version, buckets)
     contents[MANIFEST] = manifest.to_bytes()
     contents[SUMS] = write_sums({**{f.path: f.sha256 for f in manifest.files}, MANIFEST: _sha256(contents[MANIFEST])})
     check_names(contents, str(out))
@@ -155,15 +159,20 @@ def _model(artifact: Artifact) -> dict[str, Any]:
     return {key: artifact.model[key] for key in ("name", "fingerprint") if key in artifact.model}
 
 
-def _manifest(variants: Sequence[Artifact], contents: Mapping[str, Content], name: str, version: str) -> Manifest:
+def _manifest(
+    variants: Sequence[Artifact], contents: Mapping[str, Content], name: str, version: str, buckets: Sequence[Bucket]
+) -> Manifest:
     entries = {f"{VARIANTS}/{_target(artifact)}/{artifact.entry}" for artifact in variants}
     files = tuple(
         File(path=path, size=_size(contents[path]), sha256=_sha256(contents[path]), role=_role(path, entries))
         for path in sorted(contents)
     )
+    told = tuple(sorted(map(_variant, variants), key=lambda v: v.target))
+    if wrong := wrong_buckets(buckets, told):
+        raise UsageProblem("DT201", "the table of buckets must fit the artifacts", detail=wrong)
     return Manifest(schema_version=SCHEMA_VERSION, name=name, version=version, created=_created(),
-                    model=_model(variants[0]), files=files,
-                    variants=tuple(sorted(map(_variant, variants), key=lambda v: v.target)))  # fmt: skip
+                    model=_model(variants[0]), files=files, variants=told,
+                    buckets=ordered(buckets) or None)  # fmt: skip
 
 
 def _variant(artifact: Artifact) -> Variant:

@@ -56,7 +56,7 @@ def main() -> int:
         if options.variant is not None and options.variant not in known:
             parser.error(f"the variant must be one of {', '.join(known)} (got {options.variant!r})")
         wanted = [v for v in manifest["variants"] if options.variant in (None, v["target"])]
-        variants = [test_variant(variant) for variant in wanted]
+        variants = [test_variant(variant, manifest.get("buckets") or []) for variant in wanted]
     code = exit_code(problems, [variant["status"] for variant in variants])
     result = {"schema_version": "1.0", "passed": code == PASSED, "exit_code": code, "problems": problems,
               "variants": variants}  # fmt: skip
@@ -93,8 +93,8 @@ def sha256(path: str) -> str:
     return sha.hexdigest()
 
 
-def test_variant(variant: Json) -> Json:
-    """Replay the recorded cases of a variant."""
+def test_variant(variant: Json, buckets: list[Json]) -> Json:
+    """Replay the recorded cases of a variant; where there are buckets, say where the feeds of each would go."""
     result: Json = {"target": variant["target"], "status": "passed", "reason": "", "cases": []}
     folder = os.path.join(HERE, "variants", variant["target"])
     if variant["format"] == "source":
@@ -109,7 +109,7 @@ def test_variant(variant: Json) -> Json:
     except Exception as error:  # whatever a runtime raises for a file that it refuses
         return {**result, "status": "failed", "reason": f"the engine does not open: {error}"[:2000]}
     names = sorted(n for n in os.listdir(os.path.join(folder, "golden")) if n.endswith(".npz"))
-    result["cases"] = [replay(variant, engine, os.path.join(folder, "golden", name)) for name in names]
+    result["cases"] = [replay(variant, engine, os.path.join(folder, "golden", name), buckets) for name in names]
     if not names:
         return {**result, "status": "failed", "reason": "no recorded cases"}
     if not all(case["passed"] for case in result["cases"]):
@@ -138,12 +138,21 @@ def check_machine(variant: Json) -> None:
         raise Lacking(f"the variant is for {wanted} (this machine is {machine})")
 
 
-def replay(variant: Json, engine: Engine, path: str) -> Json:
+def pick(buckets: list[Json], specs: list[Json], feeds: Arrays) -> str | None:
+    """The target that takes the feeds: that of the first bucket they fit into; None when they are too large for all."""
+    sizes = {dim: size for spec in specs for dim, size in zip(spec["shape"], feeds[spec["name"]].shape, strict=True)}
+    fitting = (b["target"] for b in buckets if all(sizes[dim] <= most for dim, most in b["sizes"].items()))
+    return next(fitting, None)
+
+
+def replay(variant: Json, engine: Engine, path: str, buckets: list[Json]) -> Json:
     """Run one recorded case and compare."""
     case: Json = {"case": os.path.basename(path), "passed": False, "milliseconds": None, "outputs": {}, "problems": []}
     with np.load(path, allow_pickle=False) as file:
         feeds = {key[3:]: file[key] for key in file.files if key.startswith("in.")}
         recorded = {key[4:]: file[key] for key in file.files if key.startswith("out.")}
+    if buckets:
+        case["goes_to"] = pick(buckets, variant["signature"]["inputs"], feeds)
     started = time.perf_counter()
     try:
         outputs = engine(feeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +74,23 @@ class Share(click.ParamType):  # type: ignore[type-arg]
 
 
 SHARE, SHARE_OF_ALL = Share(), Share(most=1.0)
+
+
+class Sizes(click.ParamType):  # type: ignore[type-arg]
+    """Sizes of free dimensions: batch=1,sequence=64."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        if isinstance(value, dict):
+            return value
+        parts = [re.fullmatch(r"\s*(\w+)=([1-9]\d{0,8})\s*", part) for part in str(value).split(",")]
+        if not all(parts):
+            self.fail(f"{value!r} must be sizes such as batch=1,sequence=64", param, ctx)
+        return {part[1]: int(part[2]) for part in parts if part}
+
+
+SIZES = Sizes()
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]

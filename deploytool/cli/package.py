@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deploytool.artifact import Artifact
 from deploytool.cli import options
 from deploytool.errors import InputRefused
+
+if TYPE_CHECKING:
+    from deploytool.bundle.manifest import Bucket
+
+
+class BucketType(click.ParamType):  # type: ignore[type-arg]
+    """Sizes and the target that takes them: batch=1,sequence=64:ort-int8."""
+
+    name = "bucket"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[dict[str, int], str]:
+        sizes, mark, target = str(value).rpartition(":")
+        if not mark or not target:
+            self.fail(f"{value!r} must be sizes and a target, such as batch=1,sequence=64:ort-int8", param, ctx)
+        return options.SIZES.convert(sizes, param, ctx), target
 
 
 @click.command("package")
@@ -19,21 +37,25 @@ from deploytool.errors import InputRefused
               help="Default: tar when the output ends in .tar, else dir.")  # fmt: skip
 @click.option("--name", default=None, help="The bundle's name; default: the model's.")
 @click.option("--version", "version", default="0.1.0", show_default=True, help="The bundle's version.")
+@click.option("--bucket", "buckets", multiple=True, type=BucketType(), metavar="SIZES:TARGET",
+              help="Feeds up to batch=1,sequence=64 go to TARGET's artifact; repeat it.")  # fmt: skip
 @options.overwrite_option
 @options.json_option
 def command(
-    artifacts: tuple[Path, ...], output: Path, kind: str | None, name: str | None, version: str, overwrite: bool,
-    as_json: bool,
+    artifacts: tuple[Path, ...], output: Path, kind: str | None, name: str | None, version: str,
+    buckets: tuple[tuple[dict[str, int], str], ...], overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Put ARTIFACTS (folders, or an export's whole output) into one bundle, with checksums and a self-test."""
     from deploytool.bundle.contents import opened
+    from deploytool.bundle.manifest import Bucket
     from deploytool.bundle.pack import pack
 
+    table = [Bucket(sizes=sizes, target=target) for sizes, target in buckets] or _table(artifacts)
     with ExitStack() as stack:
         variants = [a for path in artifacts for a in _packable(path, stack.enter_context(opened(path)))]
         form = kind or ("tar" if output.suffix == ".tar" else "dir")
         manifest = pack(variants, output, name=name or str(variants[0].model["name"]), version=version,
-                        kind="tar" if form == "tar" else "dir", overwrite=overwrite)  # fmt: skip
+                        kind="tar" if form == "tar" else "dir", overwrite=overwrite, buckets=table)  # fmt: skip
     if as_json:
         options.print_json({"schema_version": "1.0", "bundle": str(output), "format": form,
                             "manifest": manifest.model_dump(mode="json")})  # fmt: skip
@@ -43,7 +65,20 @@ def command(
     for artifact in variants:
         click.echo(f"  {artifact.target['name']}: {artifact.precision}, {artifact.size_bytes / 1e6:.2f} MB, of "
                    f"{artifact.folder.resolve()}")  # fmt: skip
+    for bucket in manifest.buckets or ():
+        click.echo(f"  up to {', '.join(f'{dim}={size}' for dim, size in bucket.sizes.items())}: {bucket.target}")
     click.echo(f"next: deploytool bundle selftest {output}")
+
+
+def _table(paths: tuple[Path, ...]) -> list[Bucket]:
+    """The table of the bundle that is packed again; of several things none is known."""
+    from deploytool.bundle.manifest import MANIFEST
+    from deploytool.bundle.verify import verify_bundle
+
+    path = paths[0]
+    if len(paths) > 1 or not (path.is_file() or (path / MANIFEST).is_file()):
+        return []
+    return list(verify_bundle(path).buckets or ())
 
 
 def _packable(path: Path, found: dict[str, Artifact]) -> list[Artifact]:

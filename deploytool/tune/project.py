@@ -14,31 +14,32 @@ from deploytool.storage import new_folder, write_bytes
 from deploytool.target import Target
 from deploytool.tune.space import Config
 
-CHOSEN, PROFILE, PROJECT, COMPRESSED_MODEL, RECIPE = (
-    "chosen", "chosen.toml", "deploytool.toml", "compressed", "recipe.toml",
-)  # fmt: skip
+CHOSEN, PROJECT, COMPRESSED_MODEL, RECIPE = "chosen", "deploytool.toml", "compressed", "recipe.toml"
 
 
-def profile_of(config: Config, max_drop: float) -> Target:
-    """The chosen configuration as a profile of its own; it allows the loss that the search was allowed."""
+def profile_of(config: Config, max_drop: float, number: int = 0) -> Target:
+    """A configuration as a profile of its own, numbered from 1 on; it allows the loss that the search was allowed."""
     target = config.target
     parity = target.parity.model_copy(update={"metric_drop_max": max_drop})
-    return target.model_copy(update={
-        "name": f"{config.profile.name}-tuned", "description": f"Found by a search: {config.name}"[:200],
-        "parity": parity,
-    })  # fmt: skip
+    name = f"{config.profile.name}-tuned" + (f"-{number}" if number else "")
+    description = f"Found by a search: {config.name}"[:200]
+    return target.model_copy(update={"name": name, "description": description, "parity": parity})
+
+
+def write_artifact(folder: Path, name: str, profile: Target, artifact: Path) -> None:
+    """Write an artifact of the search and its profile to `name` and `name.toml` in `folder`."""
+    with new_folder(folder / name, overwrite=True) as made:
+        shutil.copytree(artifact, made, dirs_exist_ok=True)
+    write_bytes(folder / f"{name}.toml", toml_text(profile.model_dump(mode="json", exclude_none=True)).encode())
 
 
 def write_project(
-    folder: Path, model: str, config: Config, profile: Target, artifact: Path, compressed: Path | None
+    folder: Path, model: str, config: Config, max_drop: float, compressed: Path | None, profiles: Sequence[str]
 ) -> None:
-    """Write the chosen artifact, its profile and the project file into `folder`.
+    """Write the project file into `folder`: the model, and the `profiles` that lie there.
 
     With a recipe, the compressed model is copied and becomes the project's model; the recipe lies beside it.
     """
-    with new_folder(folder / CHOSEN, overwrite=True) as made:
-        shutil.copytree(artifact, made, dirs_exist_ok=True)
-    write_bytes(folder / PROFILE, toml_text(profile.model_dump(mode="json", exclude_none=True)).encode())
     lines = [f"# Found by `deploytool tune`: {config.name}. In this folder, `deploytool export` makes it again."]
     if compressed is not None and config.recipe is not None:
         with new_folder(folder / COMPRESSED_MODEL, overwrite=True) as made:
@@ -46,8 +47,8 @@ def write_project(
         shutil.copyfile(config.recipe, folder / RECIPE)
         lines.append(f"# The model was made by `deploytool compress {model} --recipe ./{RECIPE} -o {COMPRESSED_MODEL}`")
         model = f"./{COMPRESSED_MODEL}"
-    lines += [f"model = {json.dumps(model)}", f'targets = ["./{PROFILE}"]', "", "[quality]",
-              f"max_drop = {profile.parity.metric_drop_max!r}"]  # fmt: skip
+    lines += [f"model = {json.dumps(model)}", f"targets = {json.dumps([f'./{name}' for name in profiles])}", "",
+              "[quality]", f"max_drop = {max_drop!r}"]  # fmt: skip
     write_bytes(folder / PROJECT, ("\n".join(lines) + "\n").encode())
 
 

@@ -24,19 +24,22 @@ from deploytool.report.rows import Page
 from deploytool.source import ModelRef
 from deploytool.storage import refuse_existing, sha256_file, write_bytes, write_json
 from deploytool.target import Target
+from deploytool.tune.buckets import PACKED, PARTS, best_per_bucket, write_packed
+from deploytool.tune.engine import Start, here
 from deploytool.tune.front import front, plot, tune_grid
-from deploytool.tune.project import CHOSEN, model_name, profile_of, write_project
-from deploytool.tune.search import Question, Search, Trial
+from deploytool.tune.models import Models
+from deploytool.tune.project import CHOSEN, model_name, profile_of, write_artifact, write_project
+from deploytool.tune.search import Search
 from deploytool.tune.space import bases
+from deploytool.tune.station import Terms, takes_graph
 from deploytool.tune.store import Store
-from deploytool.tune.track import Track
+from deploytool.tune.trial import Question, Trial, distinct
 from deploytool.tune.workshop import Workshop
 from deploytool.worker import NO_LIMITS, Limits
 
 SCHEMA_VERSION = "1.0"
 RESULT = "tune.json"
 _STORE = "tune.sqlite"
-_SLOT_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -91,37 +94,44 @@ def bucket_names(sizes: Sequence[Mapping[str, int]]) -> tuple[str, ...]:
     return tuple(",".join(f"{k}={v}" for k, v in one.items()) or "sample" for one in sizes)
 
 
-def tune(plan: Plan, question: Question, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+def tune(
+    plan: Plan, question: Question, options: Options, say: Callable[[str], None], start: Start = here
+) -> dict[str, Any]:
     """Search; returns what `tune --json` prints, and writes it with the chosen artifact into `options.out`.
 
-    A search that was stopped goes on where it was. Raises CheckFailed when nothing keeps the quality, and
-    EnvironmentLacking when energy is asked for and cannot be read.
+    `start` gives the stations that work for the search. One that was stopped goes on where it was. Raises CheckFailed
+    when nothing keeps the quality, and EnvironmentLacking when energy is asked for and cannot be read.
     """
-    meter = Meter() if question.objective == "energy" else None
+    if question.objective == "energy":
+        Meter()  # raises before any work is done
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    with Store(out) as store, Workshop(plan.model, out, options, store, say) as shop:
-        graph = any(find_backend(p.backend).accepts == "onnx" for p in plan.targets)
-        reference = shop.reference(None, graph)
+    with Store(out) as store, Models(plan.model, out, options, store, say) as models:
+        reference = models.reference(None, any(map(takes_graph, plan.targets)))
         cases = [resized_case(reference.signature, reference.cases, sizes, out / "cases") if sizes
                  else reference.cases[0] for sizes in plan.sizes]  # fmt: skip
-        with Track(cases, _SLOT_SECONDS, options.limits, meter) as track:
-            search = Search(shop, track, store, question, cases, say)
+        terms = Terms(out, tuple(cases), options.limits, options.seed, options.quality, question.objective == "energy")
+        with start(terms) as stations:
+            shop = Workshop(models, out, stations, store, options.seed, say)
+            search = Search(shop, stations, store, question, cases, say)
             chosen = search.run(bases(plan.targets, plan.recipes))
-        return _finish(plan, question, options, search, chosen, reference, cases[0], say)
+            best = best_per_bucket(search, chosen) if question.pack else []
+        return _finish(plan, question, options, search, chosen, best, models, cases[0], say)
 
 
 def _finish(
-    plan: Plan, question: Question, options: Options, search: Search, chosen: Trial, reference: Reference, case: Path,
-    say: Callable[[str], None],
+    plan: Plan, question: Question, options: Options, search: Search, chosen: Trial, best: Sequence[Trial],
+    models: Models, case: Path, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     assert chosen.product is not None and chosen.quality is not None
     out = options.out
-    profile = profile_of(chosen.config, question.max_drop)
-    compressed = search.shop.compressed_folder(chosen.config.recipe) if chosen.config.recipe else None
+    compressed = models.compressed_folder(chosen.config.recipe) if chosen.config.recipe else None
+    reference = models.reference(None, False)
     name = model_name(plan.typed, plan.model, out)
-    write_project(out, name, chosen.config, profile, chosen.product.artifact.folder, compressed)
-    artifact = _renamed(out / CHOSEN, profile, chosen.product.parity.get("ran"))
+    made = {trial.config.name: _written(out, trial, question, number) for number, trial
+            in enumerate(distinct([chosen, *best], search.key))}  # fmt: skip
+    profiles = [f"{artifact.folder.relative_to(out)}.toml" for artifact in made.values()]
+    write_project(out, name, chosen.config, question.max_drop, compressed, profiles)
     found = [search.figures(trial) for trial in search.trials.values()]
     result = {
         "schema_version": SCHEMA_VERSION, "model": plan.model.name, "objective": question.objective,
@@ -129,12 +139,28 @@ def _finish(
         "environment": environment(), "anchor": search.anchor.config.name if search.anchor else None,
         "buckets": list(question.buckets), "chosen": search.figures(chosen), "front": front(found),
         "configurations": found, "unavailable": dict(plan.unavailable), "artifact": str(out / CHOSEN),
-        "findings": _findings(search, chosen),
+        "findings": _findings(search, chosen, reference),
     }  # fmt: skip
-    _report(artifact, result, chosen, reference, case, options, say)
+    for trial in distinct([chosen, *best], search.key):
+        how = options if trial is chosen else replace(options, bench_seconds=0.0)
+        _report(made[trial.config.name], result, trial, reference, case, how, say)
+    if best:
+        by_key = {search.key(trial): made[trial.config.name] for trial in distinct([chosen, *best], search.key)}
+        manifest = write_packed(out, [by_key[search.key(t)] for t in best], plan.sizes, plan.model.name)
+        result["packed"] = {"bundle": str(out / PACKED), "buckets": [b.model_dump() for b in manifest.buckets or ()]}
     write_json(out / RESULT, result)
     _picture(out, result)
     return result
+
+
+def _written(out: Path, trial: Trial, question: Question, number: int) -> Artifact:
+    """A trial's artifact in the output: the chosen one is number 0."""
+    assert trial.product is not None
+    profile = profile_of(trial.config, question.max_drop, number)
+    name = f"{PARTS}/{profile.name}" if number else CHOSEN
+    (out / name).parent.mkdir(exist_ok=True)
+    write_artifact(out, name, profile, trial.product.artifact.folder)
+    return _renamed(out / name, profile, trial.product.parity.get("ran"))
 
 
 def _renamed(folder: Path, profile: Target, ran: Mapping[str, Any] | None) -> Artifact:
@@ -171,11 +197,11 @@ def _report(
     })  # fmt: skip
 
 
-def _findings(search: Search, chosen: Trial) -> list[str]:
+def _findings(search: Search, chosen: Trial, reference: Reference) -> list[str]:
     said = []
     if search.out_of_time:
         said.append("the budget was used up before everything near the best was tried")
-    if search.shop.reference(None, False).prepared.info["synthetic"]:
+    if reference.prepared.info["synthetic"]:
         said.append("the samples are synthetic: neither quality nor parity on your own data is shown")
     assert chosen.quality is not None
     if not chosen.quality["quality"]:

@@ -15,20 +15,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from deploytool.bench.environment import environment
 from deploytool.bench.statistics import MIN_BLOCKS
 from deploytool.errors import CheckFailed, DeployError
 from deploytool.storage import sha256_file
+from deploytool.tune.engine import Engine, Nowhere
 from deploytool.tune.space import Config, build_choices, everything, runtime_choices
+from deploytool.tune.station import machine
 from deploytool.tune.store import Store, digest
-from deploytool.tune.track import Entrant, Track, case_log_ratios, log_ratios, per_case
-from deploytool.tune.workshop import Product, Workshop
+from deploytool.tune.track import Entrant, case_log_ratios, log_ratios, per_case
+from deploytool.tune.trial import Question, Trial, distinct, family_of, size_of, value_of
+from deploytool.tune.workshop import Workshop
 
-Objective = Literal["latency", "size", "memory", "energy"]
 _REACH = math.log(1.35)  # a target this much slower than the best is not varied: no setting makes up for so much
 _RACE_ROUNDS = 3
 _EXHAUSTIVE_ROUNDS = 12
@@ -44,41 +45,12 @@ _HELPED = 0.005  # what a change must gain to be put together with others
 _SEARCHING = 0.75  # share of the budget after which nothing new is built
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked for. `buckets` name what each case stands for."""
-
-    objective: Objective
-    max_drop: float
-    budget_seconds: float
-    buckets: tuple[str, ...]
-    exhaustive: bool = False
-    seed: int = 0
-
-
-@dataclass
-class Trial:
-    """What is known of one configuration: it grows as the search goes on.
-
-    value    what is minimized: ln(time / anchor's time), or ln of bytes
-    reason   why it is out of the question, or None
-    """
-
-    config: Config
-    product: Product | None = None
-    value: float | None = None
-    reason: str | None = None
-    quality: dict[str, Any] | None = None
-    peak_rss_bytes: int | None = None
-    rounds: int = 0
-
-
 @dataclass
 class Search:
-    """One search over one model."""
+    """One search over one model. Where there are several stations, as many configurations are tried at once."""
 
     shop: Workshop
-    track: Track
+    engine: Engine
     store: Store
     question: Question
     cases: Sequence[Path]
@@ -91,10 +63,8 @@ class Search:
     def __post_init__(self) -> None:
         self._before = self.store.seconds()
         self._started = time.monotonic()
-        self._unit = "joules" if self.question.objective == "energy" else "ms"
-        about = environment()
-        machine = {key: about[key] for key in ("cpu", "cpu_flags", "cores_usable", "packages")}
-        self._place = {"machine": machine, "cases": [sha256_file(case) for case in self.cases]}
+        self.unit = "joules" if self.question.objective == "energy" else "ms"
+        self._place = {"machine": machine(), "cases": [sha256_file(case) for case in self.cases]}
 
     @property
     def spent(self) -> float:
@@ -104,12 +74,9 @@ class Search:
     def run(self, start: Iterable[Config]) -> Trial:
         """Search from these configurations; returns the chosen one. Raises CheckFailed when none keeps the quality."""
         families = list(start)
-        for config in families:
-            self.consider(config)
+        self.consider(families)
         if self.question.exhaustive:
-            for family in families:
-                for config in everything(family, self.question.objective):
-                    self.consider(config)
+            self.consider(c for family in families for c in everything(family, self.question.objective))
         else:
             self._descend(families)
             self._vary_runtime()
@@ -119,76 +86,95 @@ class Search:
         self._complete_front()
         return best
 
-    # -- one configuration
+    # -- single configurations
 
-    def consider(self, config: Config) -> Trial:
-        """Build, compare and value a configuration, unless the budget is used up; what is known already stays."""
-        if config.name in self.trials:
-            return self.trials[config.name]
-        if self.trials and self.spent > _SEARCHING * self.question.budget_seconds and not self.question.exhaustive:
-            self.out_of_time = True
-            return Trial(config, reason="the budget was used up before it was tried")
-        trial = self.trials[config.name] = Trial(config)
-        try:
-            trial.product = self.shop.product(config)
-            if trial.product.wrong:
-                trial.reason = "; ".join(trial.product.wrong)
-            elif not trial.product.artifact.executes:
-                trial.reason = "built for hardware that is not here: it cannot be measured"
-            else:
+    def consider(self, configs: Iterable[Config]) -> None:
+        """Build, compare and value configurations, as long as the budget lasts; what is known already stays."""
+        waiting = list({config.name: config for config in configs if config.name not in self.trials}.values())
+        while waiting:
+            if self.trials and self.spent > _SEARCHING * self.question.budget_seconds and not self.question.exhaustive:
+                self.out_of_time = True
+                return
+            # The anchor is alone: every other one races against it.
+            count = self.engine.width if self.anchor or self.question.objective == "size" else 1
+            trials = [Trial(config) for config in waiting[:count]]
+            waiting = waiting[count:]
+            self.trials |= {trial.config.name: trial for trial in trials}
+            self.engine.map(self._make, trials)
+            for trial, rounds in zip(trials, self.engine.map(self._race, trials), strict=True):
+                self.rounds += rounds
                 self._value(trial)
+
+    def _make(self, trial: Trial) -> None:
+        try:
+            trial.product = self.shop.product(trial.config)
+        except Nowhere:
+            raise
         except DeployError as error:
-            self.say(f"{config.name}: {error.message}")
-            trial.reason = error.message
-        return trial
+            self._refuse(trial, error)
+            return
+        if trial.product.wrong:
+            trial.reason = "; ".join(trial.product.wrong)
+        elif not trial.product.artifact.executes:
+            trial.reason = "built for hardware that is not here: it cannot be measured"
+
+    def _refuse(self, trial: Trial, error: DeployError) -> None:
+        self.say(f"{trial.config.name}: {error.message}")
+        trial.reason = error.message
+
+    def _race(self, trial: Trial) -> list[dict[str, Any]]:
+        """The rounds of a trial with the anchor; the first that gets so far is the anchor of all."""
+        if trial.reason is not None or self.question.objective == "size":
+            return []
+        self.anchor = self.anchor or trial
+        anchor, entrant = self._entrant(self.anchor), self._entrant(trial)
+        count = _EXHAUSTIVE_ROUNDS if self.question.exhaustive else _RACE_ROUNDS
+        about = {"place": self._place, "anchor": anchor.key, "entrant": entrant.key, "rounds": count,
+                 "energy": self.unit == "joules"}  # fmt: skip
+
+        def race() -> Any:
+            self.say(f"{trial.config.name}: racing")
+            return self.engine.run("race", entrant=entrant, anchor=anchor, count=count, seed=self._seed(about))
+
+        try:
+            found = self.store.once("race", about, race)
+        except Nowhere:
+            raise
+        except DeployError as error:
+            self._refuse(trial, error)
+            return []
+        trial.peak_rss_bytes = found["peak_rss_bytes"]
+        rounds: list[dict[str, Any]] = found["rounds"]
+        return rounds
 
     def _value(self, trial: Trial) -> None:
-        assert trial.product is not None
-        objective = self.question.objective
-        if objective == "size":
+        if trial.reason is not None or trial.product is None:
+            return
+        if self.question.objective == "size":
             trial.value = math.log(trial.product.artifact.size_bytes)
             return
-        if self.anchor is None:
-            self.anchor = trial
-        count = _EXHAUSTIVE_ROUNDS if self.question.exhaustive else _RACE_ROUNDS
-        about = {"place": self._place, "anchor": self._key(self.anchor), "entrant": self._key(trial), "rounds": count,
-                 "energy": objective == "energy"}  # fmt: skip
-        found = self.store.once("race", about, lambda: self._race(trial, about))
-        self.rounds += found["rounds"]
-        trial.peak_rss_bytes = found["peak_rss_bytes"]
         self._score(trial)
-        if objective == "memory":
-            trial.value = math.log(found["peak_rss_bytes"])
-
-    def _race(self, trial: Trial, about: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.anchor is not None
-        self.say(f"{trial.config.name}: racing")
-        anchor, entrant = self._entrant(self.anchor), self._entrant(trial)
-        both = [anchor] if anchor.key == entrant.key else [anchor, entrant]
-        rng = self._random(about)
-        try:
-            rounds = [self.track.round(both, rng) for _ in range(int(about["rounds"]))]
-            return {"rounds": rounds, "peak_rss_bytes": self.track.peak_rss_bytes(entrant)}
-        finally:
-            if entrant.key != anchor.key:
-                self.track.close(entrant.key)
+        if self.question.objective == "memory":
+            assert trial.peak_rss_bytes is not None
+            trial.value = math.log(trial.peak_rss_bytes)
 
     def _score(self, trial: Trial) -> None:
         assert self.anchor is not None
-        ratios = log_ratios(self.rounds, self._key(trial), self._key(self.anchor), self._unit)
+        ratios = log_ratios(self.rounds, self.key(trial), self.key(self.anchor), self.unit)
         trial.rounds = len(ratios)
         trial.value = -float(np.median(ratios))
 
-    def _key(self, trial: Trial) -> str:
+    def key(self, trial: Trial) -> str:
+        """What its rounds are recorded under: the same files with the same runtime settings are the same."""
         assert trial.product is not None
         return digest([trial.product.identity, trial.config.runtime])[:16]
 
     def _entrant(self, trial: Trial) -> Entrant:
         assert trial.product is not None
-        return Entrant(self._key(trial), trial.product.artifact, trial.config.runtime)
+        return Entrant(self.key(trial), trial.product.artifact, trial.config.runtime)
 
-    def _random(self, about: Mapping[str, Any]) -> np.random.Generator:
-        return np.random.default_rng([self.question.seed, int(digest(about)[:8], 16)])
+    def _seed(self, about: Mapping[str, Any]) -> list[int]:
+        return [self.question.seed, int(digest(about)[:8], 16)]
 
     # -- which are good
 
@@ -203,6 +189,8 @@ class Search:
             try:
                 trial.quality, wrong = self.shop.quality(trial.config, trial.product, self.question.max_drop)
                 trial.reason = "; ".join(wrong) or None
+            except Nowhere:
+                raise
             except DeployError as error:
                 trial.reason = error.message
         return trial.reason is None
@@ -226,15 +214,17 @@ class Search:
         """
         for reach in (self._reach, *[min(self._reach, _FAMILY_NEAR)] * _STEPS):
             best, before = self.best(), len(self.trials)
+            wanted: list[Config] = []
             for family in families:
-                here = [t for t in self.trials.values() if _family(t.config) == _family(family)]
+                here = [t for t in self.trials.values() if family_of(t.config) == family_of(family)]
                 if not here:
                     continue
-                own = min(here, key=lambda t: (t.reason is not None, _value(t)))  # refused ones where there is no other
-                if own.value is None or (best is not None and _value(own) - _value(best) > reach):
+                # A refused one stands for the family where there is no other.
+                own = min(here, key=lambda t: (t.reason is not None, value_of(t)))
+                if own.value is None or (best is not None and value_of(own) - value_of(best) > reach):
                     continue
-                for config in self._next(self.trials[family.name], own):
-                    self.consider(config)
+                wanted += self._next(self.trials[family.name], own)
+            self.consider(wanted)
             if len(self.trials) == before:
                 return
 
@@ -245,8 +235,8 @@ class Search:
         if not all(config.name in self.trials for config in singles):
             return singles
         tried = {change: self.trials[config.name] for change, config in zip(choices, singles, strict=True)}
-        helped = sorted((_value(t), change) for change, t in tried.items()
-                        if t.reason is None and _value(t) < _value(base) - _HELPED)  # fmt: skip
+        helped = sorted((value_of(t), change) for change, t in tried.items()
+                        if t.reason is None and value_of(t) < value_of(base) - _HELPED)  # fmt: skip
         merged = best.config
         for _, (key, value) in reversed(helped):  # the best change of a setting is made last
             merged = merged if key in dict(best.config.changes) else merged.with_change(key, value)
@@ -269,12 +259,13 @@ class Search:
         if self.question.objective == "size":
             return
         seen: set[str] = set()
+        wanted: list[Config] = []
         for trial in self.valued():
             assert trial.product is not None
             if len(seen) < _BUILDS_TO_VARY and trial.product.identity not in seen and self.fit(trial):
                 seen.add(trial.product.identity)
-                for key, value in runtime_choices(trial.config.profile):
-                    self.consider(trial.config.with_change(key, value))
+                wanted += [trial.config.with_change(*change) for change in runtime_choices(trial.config.profile)]
+        self.consider(wanted)
 
     # -- measured truth
 
@@ -288,19 +279,20 @@ class Search:
             field = self._near(near)
             if not field or self.spent > self.question.budget_seconds:
                 break
-            self._heat(f"heat {number + 1}", [*field, *_wanted(field, self._plain())], count)
+            self.heat(f"heat {number + 1}", [*field, *_wanted(field, self._plain())], count)
         last = self._near(_NEAR[-1])[:_MOST_FINALISTS]
         entrants = [*last, *_wanted(last, self._plain())]
-        self.track.clear()
-        self._heat("final", entrants, _FINAL_ROUNDS)
-        plain = self._plain()
-        return min((t for t in entrants if t is plain or not self._loses_somewhere(t, plain)), key=_value, default=None)
+        self.engine.clear()
+        self.heat("final", entrants, _FINAL_ROUNDS)
+        plain = self._plain()  # after these rounds it may be another one than before
+        left = [t for t in entrants if not self._loses_somewhere(t, plain)]
+        return min([*left, *_wanted(left, plain)], key=value_of, default=None)
 
     def _loses_somewhere(self, trial: Trial, plain: Trial | None) -> bool:
         """Whether it is slower than the plain artifact in one of the buckets: what is best on average must not be."""
         if plain is None:
             return False
-        ratios = [case_log_ratios(self.rounds, self._key(trial), self._key(plain), case, self._unit)
+        ratios = [case_log_ratios(self.rounds, self.key(trial), self.key(plain), case, self.unit)
                   for case in range(len(self.cases))]  # fmt: skip
         return any(len(r) >= MIN_BLOCKS and float(np.median(r)) < -_TOLERATED for r in ratios)
 
@@ -309,39 +301,43 @@ class Search:
         best = self.best()
         if best is None:
             return []
-        close = _distinct([t for t in self.valued() if _value(t) - _value(best) <= near], self._key)
-        return [t for t in close if self.fit(t)][:_MOST_ENTRANTS]
+        close = distinct([t for t in self.valued() if value_of(t) - value_of(best) <= near], self.key)
+        return [t for t, fits in zip(close, self.engine.map(self.fit, close), strict=True) if fits][:_MOST_ENTRANTS]
 
     def _plain(self) -> Trial | None:
         return self.best(lambda trial: trial.config.profile.precision == "fp32")
 
-    def _heat(self, kind: str, entrants: Sequence[Trial], count: int) -> None:
+    def heat(self, kind: str, entrants: Sequence[Trial], count: int) -> None:
+        """So many rounds of the entrants and the anchor, after which each has a new value."""
         assert self.anchor is not None
-        everybody = _distinct([*entrants, self.anchor], self._key)
+        everybody = distinct([*entrants, self.anchor], self.key)
         if len(everybody) < 2:
             return
         self.say(f"{kind}: {count} rounds of {', '.join(t.config.name for t in everybody)}")
         members = [self._entrant(trial) for trial in everybody]
-        for number in range(count):
+
+        def play(number: int) -> Any:
             about = {"place": self._place, "kind": kind, "members": sorted(m.key for m in members), "round": number,
-                     "energy": self._unit == "joules"}  # fmt: skip
-            rng = self._random(about)
-            self.rounds.append(self.store.once("round", about, lambda rng=rng: self.track.round(members, rng)))  # type: ignore[misc]
+                     "energy": self.unit == "joules"}  # fmt: skip
+            return self.store.once("round", about, lambda: self.engine.run("round", members=members,
+                                                                           seed=self._seed(about)))  # fmt: skip
+
+        self.rounds += self.engine.map(play, range(count))
         for trial in entrants:
             self._score(trial)
 
     def _complete_front(self) -> None:
         """Evaluate what would stand on the front of time, size and quality, so that the front tells the truth."""
-        for trial in sorted(self.valued(), key=_value):
+        for trial in sorted(self.valued(), key=value_of):
             if self.spent > self.question.budget_seconds:
                 return
             others = [t for t in self.valued() if t is not trial and t.quality is not None]
-            if not any(_value(t) <= _value(trial) and _size(t) <= _size(trial) for t in others):
+            if not any(value_of(t) <= value_of(trial) and size_of(t) <= size_of(trial) for t in others):
                 self.fit(trial)
 
     def figures(self, trial: Trial) -> dict[str, Any]:
         """A trial as JSON."""
-        key = self._key(trial) if trial.product is not None else ""
+        key = self.key(trial) if trial.product is not None else ""
         timed = any(key in r["ms"] for r in self.rounds)
         times = per_case(self.rounds, key) if timed else []
         return {
@@ -362,24 +358,7 @@ class Search:
 
     def _relative(self, key: str) -> float:
         assert self.anchor is not None
-        return math.exp(-float(np.median(log_ratios(self.rounds, key, self._key(self.anchor)))))
-
-
-def _value(trial: Trial) -> float:
-    return math.inf if trial.value is None else trial.value
-
-
-def _size(trial: Trial) -> int:
-    return trial.product.artifact.size_bytes if trial.product else 0
-
-
-def _family(config: Config) -> tuple[str, Path | None]:
-    return config.profile.name, config.recipe
-
-
-def _distinct(trials: Sequence[Trial], key: Callable[[Trial], str]) -> list[Trial]:
-    """The trials without those that are the very same files and settings as an earlier one."""
-    return list({key(trial): trial for trial in reversed(trials)}.values())[::-1]
+        return math.exp(-float(np.median(log_ratios(self.rounds, key, self.key(self.anchor)))))
 
 
 def _wanted(field: Sequence[Trial], plain: Trial | None) -> list[Trial]:

@@ -1,26 +1,21 @@
-"""Builds and checks of a search: everything goes through the pipeline's own functions, and is done once."""
+"""Products of a search: configurations, built and checked by the pipeline's own functions, each once."""
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact, versions
 from deploytool.backends.base import find_backend
 from deploytool.bench.environment import environment
 from deploytool.errors import DeployError, InputRefused
-from deploytool.load.resolve import COMPRESSED, resolve
-from deploytool.pipeline.export import Options, prepared_and_checked
 from deploytool.pipeline.reference import Reference
-from deploytool.source import ModelRef
-from deploytool.storage import new_folder, sha256_file
+from deploytool.tune.engine import Engine
+from deploytool.tune.models import Models
 from deploytool.tune.space import Config
+from deploytool.tune.station import takes_graph
 from deploytool.tune.store import Store, digest
 from deploytool.verify.judge import judge_parity, judge_quality
 
@@ -41,63 +36,17 @@ class Product:
 
 
 class Workshop:
-    """Makes products of one model in `folder`; a context manager. `reference` is shared by all of them."""
+    """Makes products in `folder`, at the stations of `engine`."""
 
-    def __init__(self, ref: ModelRef, folder: Path, options: Options, store: Store, say: Callable[[str], None]):
-        self.ref = ref
+    def __init__(
+        self, models: Models, folder: Path, engine: Engine, store: Store, seed: int, say: Callable[[str], None]
+    ):
+        self._models = models
         self._folder = folder
-        self._options = options
+        self._engine = engine
         self._store = store
+        self._seed = seed
         self._say = say
-        self._stack = ExitStack()
-        self._references: dict[tuple[Path | None, bool], Reference] = {}
-
-    def __enter__(self) -> Workshop:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def reference(self, recipe: Path | None, graph: bool = True) -> Reference:
-        """The reference of the model, or of what a recipe made of it; one with an ONNX graph serves all targets.
-
-        Raises InputRefused (DT305) where a graph is needed and the model has none.
-        """
-        if not graph and (recipe, True) in self._references:
-            return self._references[recipe, True]
-        if (recipe, graph) not in self._references:
-            ref = self.ref if recipe is None else self._compressed(recipe)
-            self._say(f"preparing {ref.name}")
-            prepared = prepared_and_checked(ref, self._options, graph, self._say)
-            work = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=".work-", dir=self._folder)))
-            made = Reference(ref, prepared, work, self._options.limits, self._options.seed)
-            self._references[recipe, graph] = made
-        return self._references[recipe, graph]
-
-    def compressed_folder(self, recipe: Path) -> Path:
-        """Where a recipe's result lies."""
-        return self._folder / "models" / f"{recipe.stem}-{self._recipe_key(recipe)[:8]}"
-
-    def _recipe_key(self, recipe: Path) -> str:
-        original = self.reference(None, False).prepared
-        return digest([sha256_file(recipe), original.fingerprint, original.folder.name, self._options.seed])
-
-    def _compressed(self, recipe: Path) -> ModelRef:
-        folder, about = self.compressed_folder(recipe), {"recipe": self._recipe_key(recipe)}
-
-        def compress() -> dict[str, Any]:
-            self._say(f"compressing by {recipe.stem}")
-            report: dict[str, Any] = worker.run(
-                f"compressing {self.ref.name}", "deploytool.compress.run:compress_job", self._options.limits, self._say,
-                ref=asdict(self.ref), recipe_path=str(recipe.absolute()), out=str(folder.absolute()),
-                seed=self._options.seed, evaluate=self._options.quality, overwrite=True,
-            )  # fmt: skip
-            return {"before": report["before"], "after": report["after"]}
-
-        if not (folder / COMPRESSED).is_file():
-            self._store.forget("compress", about)
-        self._store.once("compress", about, compress)
-        return resolve(str(folder))
 
     def product(self, config: Config) -> Product:
         """The configuration, built and compared with the reference; raises what a build may raise."""
@@ -116,7 +65,7 @@ class Workshop:
         """All that a build follows from. Prepared folders are named by model, libraries and deploytool's own code."""
         backend = find_backend(config.profile.backend)
         target = config.target.to_json()
-        prepared = self.reference(config.recipe, backend.accepts == "onnx").prepared
+        prepared = self._reference(config).prepared
         return {
             "name": Config(config.profile, (), config.recipe).name,
             "target": {k: target[k] for k in ("backend", "precision", "build", "device")},
@@ -124,31 +73,28 @@ class Workshop:
             "fingerprint": prepared.fingerprint,
             "versions": dict(versions(backend.packages)),
             "cpu_flags": environment()["cpu_flags"],
-            "seed": self._options.seed,
+            "seed": self._seed,
         }
 
     def _build(self, config: Config, folder: Path) -> dict[str, Any]:
         self._say(f"{config.name}: building")
-        target = config.target
-        reference = self.reference(config.recipe, find_backend(target.backend).accepts == "onnx")
-        started = time.perf_counter()
-        with new_folder(folder, overwrite=True) as made, reference.engine(target) as engine:
-            artifact = reference.build(target, made, engine)
-            built = time.perf_counter()
-            parity = reference.parity(artifact, engine)
-            artifact.save(known=artifact.files)
-        return {"parity": parity, "seconds": {"build": built - started, "verify": time.perf_counter() - built}}
+        reference = self._reference(config)
+        found: dict[str, Any] = self._engine.run("build", ref=reference.ref, prepared=reference.prepared,
+                                                 target=config.target, folder=folder)  # fmt: skip
+        return found
+
+    def _reference(self, config: Config) -> Reference:
+        return self._models.reference(config.recipe, takes_graph(config.profile))
 
     def quality(self, config: Config, product: Product, max_drop: float) -> tuple[dict[str, Any], list[str]]:
         """Task metrics and decoding of a product, with the largest drop; and what of them is outside the limits."""
-        reference = self.reference(config.recipe, find_backend(config.profile.backend).accepts == "onnx")
+        reference = self._reference(config)
         about = {"identity": product.identity, "prepared": reference.prepared.folder.name}
 
-        def evaluate() -> dict[str, Any]:
+        def evaluate() -> Any:
             self._say(f"{config.name}: evaluating")
-            quality, generation = reference.quality_of(product.artifact, self._options.quality)
-            compression = None if quality else reference.compression(product.artifact)
-            return {"quality": quality, "generation": generation, "compression": compression}
+            return self._engine.run("evaluate", ref=reference.ref, prepared=reference.prepared,
+                                    artifact=product.artifact)  # fmt: skip
 
         found: dict[str, Any] = self._store.once("quality", about, evaluate)
         limits = config.target.parity.model_copy(update={"metric_drop_max": max_drop})

@@ -2,89 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from planted_search import Planted, milliseconds
 
-from deploytool.artifact import Artifact
 from deploytool.cases import Case
 from deploytool.errors import BackendFailed, CheckFailed
-from deploytool.signature import Signature, TensorSpec
 from deploytool.target import load_target
 from deploytool.tune import space
-from deploytool.tune.search import Question, Search
+from deploytool.tune.search import Search
 from deploytool.tune.space import Config, bases, everything
-from deploytool.tune.store import Store, digest
-from deploytool.tune.track import Entrant
-from deploytool.tune.workshop import Product
+from deploytool.tune.store import Store
+from deploytool.tune.trial import Question
 
-SIGNATURE = Signature((TensorSpec("x", "float32", (1,)),), (TensorSpec("y", "float32", (1,)),))
-PARITY = {"cases": 1, "outputs": {"y": {"cosine": 1.0}}}
 TARGETS = ("ort", "ort-int8", "openvino", "torchscript", "openvino-int8")
-
-
-def milliseconds(config: Config, case: int) -> float:
-    """What a configuration takes: int8 is quicker, more so with nothing kept in fp32; threads and buckets matter."""
-    base = {"ort": 10.0, "ort-int8": 7.0, "openvino": 9.0, "torchscript": 16.0, "openvino-int8": 8.5}
-    changes = dict(config.changes)
-    time = base[config.profile.name] * (case + 1)
-    time *= 0.9 if changes.get("build.keep_fp32") == 0 else 1.0
-    time *= 0.95 if changes.get("build.reduce_range") is False else 1.0
-    time *= 0.97 if changes.get("build.preset") == "performance" else 1.0
-    return time * (1.6 if changes.get("runtime.threads") == 1 else 0.98 if "runtime.spinning" in changes else 1.0)
-
-
-class Planted:
-    """Workshop and track in one: what was built, evaluated and timed is counted."""
-
-    def __init__(self, folder: Path, drops: Mapping[str, float], noise: float):
-        self.folder, self.drops, self.noise = folder, drops, noise
-        self.configs: dict[str, Config] = {}
-        self.built: list[str] = []
-        self.evaluated: list[str] = []
-        self.rounds = 0
-        self.fails: dict[str, Exception] = {}
-
-    def product(self, config: Config) -> Product:
-        build = " ".join([config.profile.name, *(f"{k}={v}" for k, v in config.changes if k.startswith("build."))])
-        if build in self.fails:
-            raise self.fails[build]
-        if build not in self.built:
-            self.built.append(build)
-        self.configs[digest([build, config.runtime])[:16]] = config
-        kept = {"kept_fp32": ["a", "b"]} if config.profile.precision == "int8" else {}
-        artifact = Artifact(self.folder, "planted", "onnx", "m", config.profile.precision, SIGNATURE, settings=kept)
-        return Product(artifact, build, PARITY, (), {})
-
-    def quality(self, config: Config, product: Product, max_drop: float) -> tuple[dict[str, Any], list[str]]:
-        self.evaluated.append(config.name)
-        drop = max([d for name, d in self.drops.items() if name in config.name], default=0.0)
-        return {"quality": {}, "generation": None, "drop": drop, "drop_of": "m"}, [
-            "too much"
-        ] if drop > max_drop else []
-
-    def round(self, entrants: Sequence[Entrant], rng: np.random.Generator) -> dict[str, Any]:
-        self.rounds += 1
-        ms = {}
-        for entrant in entrants:
-            noise = np.exp(self.noise * rng.standard_normal((2, 2)))
-            ms[entrant.key] = [
-                [milliseconds(self.configs[entrant.key], case) * e for e in noise[case]] for case in range(2)
-            ]
-        joules = {key: [[100 / ms for ms in turns] for turns in cases] for key, cases in ms.items()}
-        return {"ms": ms, "joules": joules, "guard": [1.0, 1.0]}
-
-    def peak_rss_bytes(self, entrant: Entrant) -> int:
-        return 3_000_000 if self.configs[entrant.key].profile.backend == "torchscript" else 4_000_000
-
-    def close(self, key: str) -> None: ...
-
-    def clear(self) -> None: ...
-
-
 Ask = Callable[..., tuple[Search, Any, Planted]]
 
 
@@ -96,17 +31,17 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
 
     def run(
         drops: Mapping[str, float] | None = None, noise: float = 0.01, fails: Mapping[str, Exception] | None = None,
-        seed: int = 0, **asked: Any,
+        seed: int = 0, width: int = 1, times: Callable[[Config, int], float] = milliseconds, **asked: Any,
     ) -> tuple[Search, Any, Planted]:  # fmt: skip
         cases = [tmp_path / "0.npz", tmp_path / "1.npz"]
         for case in cases:
             Case({"x": np.ones(1, dtype=np.float32)}).save(case)
-        planted = Planted(tmp_path, drops or {}, noise)
-        planted.fails = dict(fails or {})
+        planted = Planted(tmp_path, drops or {}, noise, width)
+        planted.fails, planted.times = dict(fails or {}), times
         how = {"objective": "latency", "max_drop": 0.01, "budget_seconds": 600.0, **asked}
         question = Question(buckets=("short", "long"), seed=seed, **how)
-        (tmp_path / f"store-{seed}").mkdir(exist_ok=True)
-        with Store(tmp_path / f"store-{seed}") as store:
+        (tmp_path / f"store-{seed}-{width}").mkdir(exist_ok=True)
+        with Store(tmp_path / f"store-{seed}-{width}") as store:
             search = Search(planted, planted, store, question, cases, lambda line: None)  # type: ignore[arg-type]
             return search, search.run(bases([load_target(name) for name in TARGETS], ())), planted
 
@@ -154,26 +89,47 @@ def test_a_failing_build_is_no_end(ask: Ask) -> None:
     assert search.trials["ort-int8"].reason == "it must build"
 
 
-def test_slow_on_one_size_is_out(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_on_one_size_is_out(ask: Ask) -> None:
     """What is best on average but slower than the best plain one at one size is not chosen."""
-    quick = milliseconds
 
     def uneven(config: Config, case: int) -> float:
         if config.profile.precision == "int8":
             return 11.0 if case == 0 else 4.0
-        return quick(config, case)
+        return milliseconds(config, case)
 
-    monkeypatch.setitem(globals(), "milliseconds", uneven)
-    _, chosen, _ = ask()
+    _, chosen, _ = ask(times=uneven)
     assert chosen.config.profile.precision == "fp32"
+
+
+def test_another_plain_one_at_the_end(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the final rounds make another plain artifact the best, and all finalists lose to it, that one is chosen."""
+    monkeypatch.setattr(Search, "_loses_somewhere", lambda self, trial, plain: trial is not plain)
+    right = Search._plain
+
+    def plain(self: Search) -> Any:
+        slow = next(t for t in self.valued() if t.config.profile.name == "torchscript" and self.fit(t))
+        return slow if next(at_the_end) else right(self)
+
+    at_the_end = iter([False] * 5 + [True])  # four heats and the final ask before
+    monkeypatch.setattr(Search, "_plain", plain)
+    assert ask()[1].config.profile.name == "torchscript"
 
 
 def test_a_second_run_measures_nothing(ask: Ask) -> None:
     """The same search in the same folder takes every figure from the record and chooses the same."""
     _, first, planted = ask()
-    assert planted.rounds > 0
+    assert planted.station.rounds > 0
     _, again, second = ask()
-    assert second.rounds == 0 and again.config == first.config and again.value == first.value
+    assert second.station.rounds == 0 and again.config == first.config and again.value == first.value
+
+
+def test_many_stations_choose_the_same(ask: Ask) -> None:
+    """Three pieces of work at once give the figures and the choice of one after the other, none of them done twice."""
+    alone, first, one = ask()
+    together, second, three = ask(width=3)
+    assert second.config == first.config and second.value == first.value
+    assert [together.figures(t) for t in together.trials.values()] == [alone.figures(t) for t in alone.trials.values()]
+    assert sorted(three.built) == sorted(one.built) and three.station.rounds == one.station.rounds
 
 
 def test_a_small_budget_is_kept(ask: Ask) -> None:
