@@ -26,6 +26,7 @@ from deploytool.compress.calls import Call, Reached, plain_forward, record_calls
 from deploytool.compress.chain import follow, trace
 from deploytool.compress.matrices import Measure, geometry, gram, rows
 from deploytool.errors import InputRefused
+from deploytool.load.memory import drop_pages
 from deploytool.source import Source
 
 Sample = dict[str, Tensor]
@@ -174,6 +175,7 @@ def walk_blocks(source: Source, layers: Iterable[str], samples: Sequence[Sample]
     wanted = _by_block(module, list(layers))
     runs = [partial(source.flat, *(sample[n] for n in source.signature.input_names)) for sample in samples]
     order = trace(runs[0], {name: module.get_submodule(name) for name in wanted}, module)
+    drop_pages(module.parameters())
     calls: list[Call] = []
     given: list[Any] | None = None
     for name, link in order:

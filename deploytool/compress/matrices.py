@@ -42,16 +42,9 @@ def matrix(layer: nn.Module) -> Tensor:
     return weight.view(weight.shape[0], -1)
 
 
-def set_matrix(layer: nn.Module, value: Tensor, *, into: bool = False) -> None:
-    """Give the layer another weight [out, in], as a new parameter: tensors that a copy shares stay as they are.
-
-    `into` writes it where the old one stands, for callers that have no such copy. New weights among freed matrices of
-    other sizes would keep the allocator from using that memory again.
-    """
+def set_matrix(layer: nn.Module, value: Tensor) -> None:
+    """Give the layer another weight [out, in], as a new parameter: tensors that a copy shares stay as they are."""
     old = layer.get_parameter("weight")
-    if into:
-        old.detach().copy_(value.reshape(old.shape))
-        return
     new = value.to(old.dtype).reshape(old.shape).contiguous()
     layer.register_parameter("weight", nn.Parameter(new, requires_grad=False))
 

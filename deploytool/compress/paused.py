@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.compress.calls import Call, leaves, plain_forward, refill
+from deploytool.load.memory import share_arena
 
 
 class _Stopped(BaseException):
@@ -91,6 +92,7 @@ class Paused:
     def __enter__(self) -> Paused:
         self._handles = [layer.register_forward_pre_hook(lambda m, args, n=name: self._stand(n, args[0]))
                          for name, layer in self._layers.items()]  # fmt: skip
+        share_arena()
         for one in self._passes:
             one.start()
         return self

@@ -2,8 +2,9 @@
 
     turns = Turns()
     for block in walk_blocks(source, chosen, samples):
-        for totals in turns.totals(block, gram):        # {layer: Total}, one Total for all layers of the turn
-            ...                                         # change these layers in place
+        with turns.finishing(block):
+            for totals in turns.totals(block, gram):    # {layer: Total}, one Total for all layers of the turn
+                ...                                     # give these layers other weights
 
 Each layer makes good for what those before it have lost. The calls wait before the layers that come next, so the block
 runs once for every sample (`paused`). Where that would hold too much, or where layers run several times in a call, each
@@ -13,6 +14,7 @@ turn runs the block anew, to where it has seen enough.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from deploytool.compress.blocks import Block, Moments, Stage, Total, check_finit
 from deploytool.compress.calls import leaves
 from deploytool.compress.matrices import Measure, gram, rows
 from deploytool.compress.paused import Paused, forward, own
-from deploytool.load.memory import give_back
+from deploytool.load.memory import drop_pages, give_back, on_disk
 
 _MOST = 2**29  # bytes that all calls of a block together may hold where they wait
 _TOGETHER = 4  # calls whose rows are multiplied at once: long products are quicker
@@ -82,6 +84,20 @@ class Turns:
     def precision(self) -> str:
         """For the report: what "auto" has come to."""
         return "bfloat16" if self.low else "float32"
+
+    @contextmanager
+    def finishing(self, block: Block) -> Iterator[None]:
+        """At the end the weights of the block's layers lie on disk, and so do those that they had, if they came from
+        there: memory holds one block."""
+        before = [layer.get_parameter("weight").detach() for layer in block.layers.values()]
+        yield
+        for layer, old in zip(block.layers.values(), before, strict=True):
+            new = layer.get_parameter("weight")
+            if new.data_ptr() != old.data_ptr():
+                layer.register_parameter("weight", nn.Parameter(on_disk(new.detach()), requires_grad=False))
+        drop_pages(before)
+        del before
+        give_back()
 
     def _rows(self, layer: nn.Module, x: Tensor) -> Tensor:
         found = rows(layer, x)

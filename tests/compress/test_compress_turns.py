@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from deploytool.compress import turns as turns_module
 from deploytool.compress.blocks import Block, walk_blocks
 from deploytool.compress.calls import leaves, replay
-from deploytool.compress.matrices import gram, matrix, matrix_layers
+from deploytool.compress.matrices import gram, matrix, matrix_layers, set_matrix
 from deploytool.compress.paused import Paused
 from deploytool.compress.turns import Turns
 from deploytool.errors import InputRefused
@@ -187,3 +188,31 @@ def test_outputs_of_waiting_calls_are_those_of_the_changed_block(tiny: Source) -
     assert block.given is not None
     for call, given in zip(block.calls, block.given, strict=True):
         assert torch.equal(leaves(replay(block.module, call))[0], given)
+
+
+def test_finished_weights_lie_on_disk(tiny: Source) -> None:
+    """Where Linux maps files, a changed weight must lie on disk when its block is done, unless it is small."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(5, 300), nn.Linear(300, 300), nn.Linear(300, 5))
+                                        for _ in range(2))  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.layers:
+                x = block(x)
+            return x
+
+    source, turns, wanted = _source(tiny, Wide()), Turns(), {}
+    names = [name for name in matrix_layers(source.module)[0] if name.endswith("1")]
+    for block in walk_blocks(source, names, list(source.samples())):
+        with turns.finishing(block):
+            for totals in turns.totals(block, gram):
+                for name in totals:
+                    wanted[name] = matrix(block.layers[name]) * 0.5
+                    set_matrix(block.layers[name], wanted[name])
+    for name, value in wanted.items():
+        weight = source.module.get_submodule(name).get_parameter("weight")
+        assert torch.equal(weight, value) and (weight.data_ptr() != value.data_ptr() or sys.platform != "linux")
+    assert len(wanted) == 2

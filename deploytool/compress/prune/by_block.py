@@ -61,8 +61,8 @@ def prune_by_block(
 ) -> tuple[Source, dict[str, Any]]:
     """Prune the chosen layers of a copy that shares the other tensors; the masks travel with the source.
 
-    `in_place` changes the given source's module and, without repair, its tensors, for callers that need them no more:
-    the weights are then held once. Where Gram matrices decide, the layers that read one tensor are pruned before the
+    `in_place` changes the given source's module, for callers that need it no more: weights that lie in memory are then
+    held once. Where Gram matrices decide, the layers that read one tensor are pruned before the
     next ones are looked at: each makes good for what reaches it once those before it are pruned. All fitted to one
     look, they would make good for it several times.
     """
@@ -77,13 +77,13 @@ def prune_by_block(
     turns = Turns(context.calibration.precision)
     for block, reference in _walk(pruned, original, names, samples):
         ran: set[str] = set()
-        for looked_at in _looks(turns, block, reference, measure):
-            for name, layer in looked_at.items():
+        with turns.finishing(block):
+            for name, layer in _looks(turns, block, reference, measure):
                 module, key = block.layers[name], f"{name}.weight".lstrip(".")
                 before = masks[key].view(layer.weight.shape) if key in masks else None
                 done = prune(replace(layer, before=before))
                 mask = done.mask if before is None else done.mask & before
-                set_matrix(module, done.weight.masked_fill(~mask, 0.0), into=in_place and original is None)
+                set_matrix(module, done.weight.masked_fill(~mask, 0.0))
                 masks[key] = mask.view(module.get_parameter("weight").shape)
                 if done.grid is not None:
                     encodings[key] = done.grid
@@ -107,13 +107,15 @@ def _walk(
     yield from zip(blocks, walk_blocks(original, names, samples), strict=True)
 
 
-def _looks(turns: Turns, block: Block, reference: Block | None, measure: Measure) -> Iterator[dict[str, Layer]]:
-    """What the layers of each turn are pruned by; layers that did not run are left out."""
+def _looks(turns: Turns, block: Block, reference: Block | None, measure: Measure) -> Iterator[tuple[str, Layer]]:
+    """What each layer is pruned by, turn after turn; layers that did not run are left out."""
     if reference is not None:
         for pairs in turns.moments(reference, block):
-            old = {name: matrix(reference.layers[name]) for name in pairs}
-            yield {n: Layer(matrix(block.layers[n]), m.gram, None, (old[n], m.cross)) for n, m in pairs.items()}
+            for name, both in pairs.items():
+                old = matrix(reference.layers[name])
+                yield name, Layer(matrix(block.layers[name]), both.gram, None, (old, both.cross))
         return
     looks = turns.totals(block, measure) if measure is gram else [block.accumulate(measure)]
     for totals in looks:
-        yield {name: Layer(matrix(block.layers[name]), total.sum, None) for name, total in totals.items()}
+        for name, total in totals.items():
+            yield name, Layer(matrix(block.layers[name]), total.sum, None)

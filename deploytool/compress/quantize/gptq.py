@@ -6,7 +6,7 @@ transformers", ICLR 2023 (arXiv 2210.17323), section 3.3 and algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deploytool.compress.blocks import Block, Total, walk_blocks
+from deploytool.compress.blocks import Block, walk_blocks
 from deploytool.compress.matrices import gram, matrix
 from deploytool.compress.quantize.layers import (
     chosen_layers,
@@ -155,8 +155,8 @@ def apply(
 ) -> tuple[Source, dict[str, Any]]:
     """Quantize the chosen layers of a copy, block by block, each on what the quantized blocks before it give.
 
-    `bits` has the widths of layers that do not get `settings.bits`. `in_place` changes the given source's tensors, for
-    callers that need them no more: the weights are then held once.
+    `bits` has the widths of layers that do not get `settings.bits`. `in_place` changes the given source's module, for
+    callers that need it no more: weights that lie in memory are then held once.
     """
     work = source if in_place else with_module(source, shell(source.module))
     picked, skipped = chosen_layers(work.module, settings)
@@ -164,10 +164,10 @@ def apply(
     layers: list[dict[str, Any]] = []
     turns = Turns(context.calibration.precision)
     for block in walk_blocks(work, picked, context.samples(source)):
-        for totals in turns.totals(block, gram):
-            for names, moments, width in _sharing(totals, settings.bits, bits or {}):
+        with turns.finishing(block):
+            for names, moments, width in _sharing(turns, block, settings.bits, bits or {}):
                 done = _quantize_together(block, names, moments, settings.model_copy(update={"bits": width}),
-                                          source.masks, into=in_place)  # fmt: skip
+                                          source.masks)  # fmt: skip
                 for name, (entry, encoding) in done.items():
                     encodings[weight_name(name)] = encoding
                     layers.append({"layer": name, **entry})
@@ -182,16 +182,19 @@ def apply(
     return replace(work, encodings={**source.encodings, **encodings}), report
 
 
-def _sharing(totals: Mapping[str, Total], usual: int, bits: Mapping[str, int]) -> list[tuple[list[str], Tensor, int]]:
-    """Layers that read one input and get as many bits, with the input's second moments and the bits."""
-    groups: dict[tuple[int, int], tuple[list[str], Tensor]] = {}
-    for name, total in totals.items():
-        groups.setdefault((id(total), bits.get(name, usual)), ([], total.sum))[0].append(name)
-    return [(names, moments, width) for (_, width), (names, moments) in groups.items()]
+def _sharing(
+    turns: Turns, block: Block, usual: int, bits: Mapping[str, int]
+) -> Iterator[tuple[list[str], Tensor, int]]:
+    """Layers of a turn that get as many bits, with their input's second moments and the bits, turn after turn."""
+    for totals in turns.totals(block, gram):
+        groups: dict[tuple[int, int], tuple[list[str], Tensor]] = {}
+        for name, total in totals.items():
+            groups.setdefault((id(total), bits.get(name, usual)), ([], total.sum))[0].append(name)
+        yield from ((names, moments, width) for (_, width), (names, moments) in groups.items())
 
 
 def _quantize_together(
-    block: Block, names: Sequence[str], moments: Tensor, settings: Gptq, masks: Mapping[str, Tensor], *, into: bool
+    block: Block, names: Sequence[str], moments: Tensor, settings: Gptq, masks: Mapping[str, Tensor]
 ) -> dict[str, tuple[dict[str, Any], Encoding]]:
     """Quantize layers that read the same input as one matrix, whose rows are those of all."""
     weights = [matrix(block.layers[name]) for name in names]
@@ -211,7 +214,7 @@ def _quantize_together(
     for name, part, scale, zero, weight in parts:
         mine = replace(encoding, scale=scale.clone(), zero_point=zero.clone())
         error = output_error(weight, part, moments)
-        entry = put_on(block.layers[name], mine, part, into=into)
+        entry = put_on(block.layers[name], mine, part)
         done[name] = ({**entry, "output_error": error, "damping": damping}, mine)
     return done
 

@@ -42,18 +42,18 @@ def shrinks_of(settings: Layers) -> Sequence[float]:
     return SHRINKS if settings.search else (1.0,)
 
 
-def put_on(layer: nn.Module, encoding: Encoding, wanted: Tensor | None = None, *, into: bool = False) -> dict[str, Any]:
+def put_on(layer: nn.Module, encoding: Encoding, wanted: Tensor | None = None) -> dict[str, Any]:
     """Give a layer the matrix on the grid that is nearest to `wanted` [out, in], its own when left out.
 
-    The weight is a new parameter, the old tensor stays as it is; `into` is that of `set_matrix`. Returns what the
-    report says of the layer; `error` is |change| / |weight| in the Frobenius norm.
+    The weight is a new parameter, the old tensor stays as it is. Returns what the report says of the layer; `error` is
+    |change| / |weight| in the Frobenius norm.
     """
     before = matrix(layer)
     codes = quantize(before if wanted is None else wanted, encoding)
     after = dequantize(codes, encoding, before.dtype)
     size = before.float().norm()
     error = (after.float() - before.float()).norm() / size if size > 0 else torch.zeros(())
-    set_matrix(layer, after, into=into)
+    set_matrix(layer, after)
     return {
         "bits": encoding.bits, "group": encoding.group, "symmetric": encoding.symmetric,
         "bits_per_weight": bits_per_weight(encoding, after.numel()), "error": float(error),
