@@ -8,9 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from deploytool.artifact import Artifact
 from deploytool.bench import environment as surroundings
 from deploytool.bench.blocks import Block, measure, medians, undisturbed
+from deploytool.bench.energy import Meter
 from deploytool.bench.serve import THREAD_LIMITS
 from deploytool.bench.statistics import MIN_BLOCKS, percentile, runs_needed, speedup, spread, sure_percentile
 from deploytool.worker import Limits, Worker
@@ -28,9 +31,11 @@ class Process:
 
     def __init__(
         self, worker: Worker, artifact: Artifact, case: Path, opener: str = _OPENER,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None, meter: Meter | None = None,
     ):  # fmt: skip
         self._worker = worker
+        self._meter = meter
+        self._joules: list[float] = []
         worker.create("deploytool.bench.serve:Served", folder=str(artifact.folder.absolute()),
                       case=str(case.absolute()), settings=dict(settings or {}), opener=opener)  # fmt: skip
         self.loading: dict[str, float] = worker.invoke("loading")
@@ -44,15 +49,20 @@ class Process:
         self._worker.invoke("warm_up", seconds=seconds, max_runs=_WARM_UP_RUNS)
 
     def time_block(self, seconds: float) -> list[float]:
+        if self._meter:
+            self._meter.lap()
         times: list[float] = self._worker.invoke("time_block", seconds=seconds)
+        if self._meter:
+            self._joules.append(self._meter.lap() / len(times))
         return times
 
     def rest(self) -> None:
         self._worker.invoke("rest")
 
     def costs(self) -> dict[str, Any]:
-        """load_s, cold_start_ms and peak_rss_bytes."""
-        return {**self.loading, **self._worker.invoke("memory")}
+        """load_s, cold_start_ms, peak_rss_bytes, and joules_per_run: the median turn, of the whole machine, or None."""
+        joules = float(np.median(self._joules)) if self._joules else None
+        return {**self.loading, **self._worker.invoke("memory"), "joules_per_run": joules}
 
 
 def compare(
@@ -69,10 +79,11 @@ def compare(
     """Time `candidate` and each reference on the inputs of `case`; the result is JSON.
 
     Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), p99_sure_ms (a
-    bound, or None), runs, blocks, disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, environment, notes,
-    block_medians_ms per reference, and `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes,
-    and speedup (reference time over candidate time), speedup_ci (95 %; None below five undisturbed blocks, which decide
-    nothing), speedup_range (the lowest and highest ratio of the blocks), verdict, confirmed.
+    bound, or None), runs, blocks, disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, joules_per_run (None where
+    the environment's "energy" says that it is unavailable), environment, notes, block_medians_ms per reference, and
+    `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, joules_per_run, and speedup
+    (reference time over candidate time), speedup_ci (95 %; None below five undisturbed blocks, which decide nothing),
+    speedup_range (the lowest and highest ratio of the blocks), verdict, confirmed.
 
     A difference below a tenth is claimed only when a second measurement in fresh processes, of the same budget, shows
     it too: another layout of memory alone can make a program a few percent slower. Then `confirmed` says whether it
@@ -144,14 +155,15 @@ class _Session:
             threads = _guard_threads([self._candidate, *references.values()])
             guard.create("deploytool.bench.serve:Guard", threads=threads)
             opened: dict[str, Process] = {}
+            meter, energy = Meter.or_reason()
             for name, artifact in {"": self._candidate, **references}.items():
                 self.say(f"opening {name or 'the candidate'}")
                 worker = stack.enter_context(Worker(f"bench {name or 'candidate'}", self._limits))
-                opened[name] = Process(worker, artifact, self._case, self._opener)
+                opened[name] = Process(worker, artifact, self._case, self._opener, meter=meter)
             for process in opened.values():
                 process.warm_up(min(_WARM_UP_SECONDS, _WARM_UP_SHARE * self._budget))
                 process.rest()
-            environment = surroundings.environment()
+            environment = {**surroundings.environment(), "energy": energy}
             pids = [guard.pid, *(p.pid for p in opened.values())]
             start = surroundings.usage(pids)
             others = {name: opened[name] for name in references}

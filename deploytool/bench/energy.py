@@ -25,6 +25,14 @@ class Meter:
                                      fix="measure on a machine with RAPL, outside of virtual machines")  # fmt: skip
         self._last = self._read()
 
+    @classmethod
+    def or_reason(cls) -> tuple[Meter | None, str]:
+        """A meter and "RAPL"; None and why energy is unavailable where it cannot be read."""
+        try:
+            return cls(), "RAPL"
+        except EnvironmentLacking as error:
+            return None, f"unavailable: {error.message}"
+
     def lap(self) -> float:
         """Joules since the last call, or since the meter was made; over all packages."""
         now = self._read()

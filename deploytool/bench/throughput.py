@@ -41,7 +41,7 @@ def throughput(
     rng = np.random.default_rng(seed)
     times: dict[int, list[float]] = {n: [] for n in batches}
     with Worker("bench throughput", limits) as worker:
-        named = {"opener": opener} if opener else {}
+        named: dict[str, Any] = {"opener": opener} if opener else {}
         process = Process(worker, artifact, made[batches[0]], settings=settings, **named)
         for case in made.values():
             process.take(case)

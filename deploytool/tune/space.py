@@ -24,6 +24,8 @@ CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
         "reduce_range": (False,),
         "op_types": (("MatMul", "LSTM", "Attention", "Gather"),),
     },
+    ("onnxruntime", "int4"): {"group": (32, 128), "activations": ("fp32",), "int8_share": (0.2,)},
+    ("openvino", "int4"): {"group_size": (32, 128), "int4_share": (0.8,)},
     ("openvino", "int8"): {"scheme": ("transformer", "unsmoothed"), "keep_fp32": (0,), "preset": ("performance",)},
 }
 # 8-bit weights saturate in the kernels of CPUs without VNNI: not offered there.
@@ -73,8 +75,11 @@ class Config:
 
 
 def _fits(profile: Target, key: str) -> bool:
-    """Whether the profile's scheme knows a setting at all."""
-    return not (key == "op_types" and profile.build.get("scheme") == "static")
+    """Whether a setting does anything in the profile's scheme: a build that comes out the same is wasted."""
+    if profile.build.get("weights_only"):
+        return key not in ("scheme", "preset")
+    unknown = {"static": ("op_types",), "weights": ("op_types", "reduce_range")}
+    return key not in unknown.get(str(profile.build.get("scheme")), ())
 
 
 def _word(value: Any) -> str:

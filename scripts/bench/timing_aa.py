@@ -101,6 +101,7 @@ class Simulated:
     """A session on a simulated machine: each measurement has new processes."""
 
     def __init__(self, regime: str, slowdown: float, seed: int):
+        self.seconds = 0.0
         self._machine = Machine(regime, seed)
         self._rng = np.random.default_rng([seed, 99])
         self._slowdown = slowdown
@@ -118,6 +119,7 @@ class Simulated:
         guard = Program(self._machine, 2.0)
         blocks = measure(candidate, {"r": reference}, lambda: float(np.median(guard.time_block(0.008))),
                          budget_seconds=BUDGET_SECONDS, seed=seed, clock=self._machine.clock)  # fmt: skip
+        self.seconds = self._machine.now
         return blocks, {"": {}, "r": {}}, {}
 
     def usual(self) -> tuple[list[float], list[float]]:
@@ -134,6 +136,7 @@ class Replayed:
         self._rng = np.random.default_rng([seed, 7])
         self._sessions = sessions
         self._slowdown = 1 + slowdown
+        self.seconds = 0.0
 
     def say(self, line: str) -> None:
         pass
@@ -152,11 +155,17 @@ class Replayed:
     def measure(self, references: Mapping[str, Any], seed: int) -> tuple[list[Block], dict[str, Any], dict[str, Any]]:
         blocks = [Block("r", order, tuple(map(tuple, a)), tuple(map(tuple, b)), guard)  # type: ignore[arg-type]
                   for a, b, guard, order in self.stretch()]  # fmt: skip
+        self.seconds += sum(map(running, blocks))
         return blocks, {"": {}, "r": {}}, {}
 
     def usual(self) -> tuple[list[float], list[float]]:
         a, b, _, _ = self.stretch()[0]
         return a[0][:USUAL_RUNS], b[0][:USUAL_RUNS]
+
+
+def running(block: Block) -> float:
+    """Seconds of a block's runs; what processes wait for in between is not recorded."""
+    return sum(sum(slot) for slot in (*block.candidate_ms, *block.reference_ms)) / 1e3
 
 
 def usual_verdict(candidate: Sequence[float], reference: Sequence[float]) -> str:
@@ -171,11 +180,15 @@ def count(make: Callable[[str, float, int], Any], trials: int, slowdown: float) 
     for regime in REGIMES:
         ours: Counter[str] = Counter()
         usual: Counter[str] = Counter()
+        seconds = []
         for seed in range(trials):
-            result = judged(make(regime, slowdown, seed), {"r": None}, seed)
+            session = make(regime, slowdown, seed)
+            result = judged(session, {"r": None}, seed)
+            seconds.append(session.seconds)
             ours[result["against"]["r"]["verdict"]] += 1
             usual[usual_verdict(*make(regime, slowdown, seed + 10_000).usual())] += 1
-        found[regime] = {"ours": dict(ours), "usual": dict(usual)}
+        found[regime] = {"ours": dict(ours), "usual": dict(usual),
+                         "seconds_each": {"median": float(np.median(seconds)), "most": max(seconds)}}  # fmt: skip
         print(f"{slowdown:.0%} {regime}: {found[regime]}", file=sys.stderr)
     return found
 

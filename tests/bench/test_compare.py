@@ -14,6 +14,7 @@ import pytest
 from deploytool.artifact import Artifact
 from deploytool.bench.blocks import Block
 from deploytool.bench.compare import _Session, compare
+from deploytool.bench.energy import Meter
 from deploytool.bench.noise import ITSELF, noise_floor
 from deploytool.bench.statistics import MIN_BLOCKS
 from deploytool.bench.throughput import throughput
@@ -81,6 +82,27 @@ def test_peak_memory_is_each_process_own(artifact: Callable[..., Artifact], case
     result = compare(lean, {"heavy": heavy}, case, limits=LIMITS, budget_seconds=0.5, seed=0, opener=OPENER)
     assert result["against"]["heavy"]["peak_rss_bytes"] - result["peak_rss_bytes"] > 150_000_000
     assert result["peak_rss_bytes"] < 150_000_000
+
+
+def test_energy_is_told_where_it_can_be_read(
+    artifact: Callable[..., Artifact], case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With counters every process has its joules per run; without, none, and the environment says why."""
+    monkeypatch.setattr(Meter.__init__, "__defaults__", (tmp_path / "rapl",))
+    how = {"limits": LIMITS, "budget_seconds": 0.5, "seed": 0, "opener": OPENER}
+    one, other = artifact("one", seconds=0.01), artifact("other", seconds=0.01)
+    dark = compare(one, {"other": other}, case, **how)
+    assert dark["joules_per_run"] is None and dark["against"]["other"]["joules_per_run"] is None
+    assert dark["environment"]["energy"].startswith("unavailable: energy counters must be readable")
+    zone = tmp_path / "rapl" / "intel-rapl:0"
+    zone.mkdir(parents=True)
+    for name in ("energy_uj", "max_energy_range_uj"):
+        (zone / name).write_text("1000000")
+    monkeypatch.setattr(Meter, "lap", lambda self: 2.0)
+    seen = compare(one, {"other": other}, case, **how)
+    assert seen["environment"]["energy"] == "RAPL"
+    for figures in (seen, seen["against"]["other"]):
+        assert 0.05 < figures["joules_per_run"] <= 2.0  # 2 J a turn of at most some twenty runs
 
 
 def test_alone(artifact: Callable[..., Artifact], case: Path) -> None:

@@ -70,7 +70,8 @@ def test_the_command_packs_them(
         return [next(t for t in search.valued() if search.key(t) != search.key(chosen) and search.fit(t)), chosen]
 
     monkeypatch.setattr("deploytool.tune.run.best_per_bucket", another)
-    monkeypatch.setattr("deploytool.tune.station._SLOT_SECONDS", 0.005)
+    for name, few in (("station._SLOT_SECONDS", 0.005), ("search._HEATS", (1, 1, 1, 1)), ("search._FINAL_ROUNDS", 2)):
+        monkeypatch.setattr(f"deploytool.tune.{name}", few)
     asked = ["--at", "batch=1", "--at", "batch=2", "--max-drop", "100%", "--bench-seconds", "0", "--budget", "5m"]
     assert run(["tune", model, "-t", "torchscript", *asked, "--pack", "-o", str(out), "--json", "-q"]) == 0
     packed = json.loads(capsys.readouterr().out)["packed"]

@@ -37,6 +37,16 @@ def test_eight_bits_only_where_they_are_safe(monkeypatch: pytest.MonkeyPatch) ->
         assert (("build.weight_bits", 8) in build_choices(load_target("fbgemm"), "latency")) is offered
 
 
+def test_settings_that_do_nothing_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights alone are rounded, settings of rounded inputs would build the same again; in 4 bits groups vary."""
+    monkeypatch.setattr(space, "environment", lambda: {"cpu_flags": ["avx512_vnni"]})
+    names = ("ort-int8", "ort-weight-int8", "ort-int4", "openvino-int8", "openvino-weight-int8")
+    offered = {name: {key for key, _ in build_choices(load_target(name), "latency")} for name in names}
+    assert "build.reduce_range" in offered["ort-int8"] and "build.reduce_range" not in offered["ort-weight-int8"]
+    assert {"build.group", "build.activations"} <= offered["ort-int4"]
+    assert "build.scheme" in offered["openvino-int8"] and "build.scheme" not in offered["openvino-weight-int8"]
+
+
 def test_smaller_files_are_tried_for_size_only() -> None:
     """Embeddings in 8 bits are offered where size is asked for."""
     profile = load_target("fbgemm")
