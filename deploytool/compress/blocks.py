@@ -5,8 +5,9 @@
         ...                                         # change the block's weights in place
                                                     # the next block gets what the changed one gives
 
-Memory stays at the weights, the inputs of one block for all samples, and the activations of one sample. A block is a
-child of a list of modules of one type, found by structure; a layer outside all such lists is a block of its own.
+Memory stays at the weights, the inputs of one block for all samples, and the activations of one sample; weights that
+lie in a mapped file are held while their block is met. A block is a child of a list of modules of one type, found by
+structure; a layer outside all such lists is a block of its own.
 
 The scheme is that of Frantar and Alistarh, "SparseGPT", ICML 2023, section 4 (and of GPTQ before it).
 """

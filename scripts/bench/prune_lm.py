@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,18 +33,16 @@ from typing import Any
 import quantize_lm
 import torch
 from quantize_lm import SAVE, open_model
-from torch import Tensor
 
 from deploytool.compress.prune import magnitude, sparsegpt, wanda
 from deploytool.compress.prune.tables import Magnitude, SparseGpt, Wanda
 from deploytool.compress.run import measure, predict
 from deploytool.compress.step import Calibration, Context
-from deploytool.load.causal_lm import inputs_for
 from deploytool.load.modelfile import read_model_file
 from deploytool.load.resolve import resolve
 from deploytool.source import Source
 
-WINDOWS, WINDOW, SHORTEST = 32, 512, 200
+WINDOWS, SHORTEST = 32, 200
 METHODS: dict[str, Any] = {"magnitude": (magnitude, Magnitude), "wanda": (wanda, Wanda),
                            "sparsegpt": (sparsegpt, SparseGpt)}  # fmt: skip
 
@@ -59,19 +57,10 @@ def docstrings() -> Iterator[str]:
                 yield text
 
 
-def calibration(tokenize: Callable[[str], list[int]], windows: int) -> Tensor:
-    """int64 [windows, 512]: windows of the docstrings, picked by a seeded permutation and sorted."""
-    ids = tokenize("\n\n".join(docstrings()))
-    count = len(ids) // WINDOW
-    picked = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:windows].sort().values
-    return torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)[picked]
-
-
 def open_lm(folder: Path, windows: int) -> Source:
-    """The language model of a Hugging Face folder once in memory, with the calibration windows as its samples."""
-    code, source = open_model(folder)
-    ids = calibration(code._tokenize, windows)
-    samples = [inputs_for(source.module.config, row[None], torch.ones(1, WINDOW, dtype=torch.int64)) for row in ids]
+    """The language model of a Hugging Face folder once in memory, with some of the calibration windows as samples."""
+    source: Source = open_model(folder)[1]
+    samples = list(source.samples())[:windows]
     return dataclasses.replace(source, samples=lambda: iter(samples))
 
 

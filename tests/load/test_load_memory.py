@@ -21,7 +21,7 @@ def _lies_in_a_file(tensor: Tensor) -> bool:
 
 
 @linux
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
 def test_a_tensor_on_disk_has_the_same_values_and_may_be_written_to(dtype: torch.dtype) -> None:
     """It must be mapped from a file without a name, equal the tensor, and keep what is written into it to itself."""
     tensor = torch.arange(3 * 2**18).reshape(3, -1).to(dtype)

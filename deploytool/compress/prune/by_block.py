@@ -16,6 +16,7 @@ from deploytool.compress.select import select
 from deploytool.compress.step import Context
 from deploytool.compress.turns import Turns
 from deploytool.encoding import Encoding
+from deploytool.load.memory import on_disk
 from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
 
@@ -84,7 +85,7 @@ def prune_by_block(
                 done = prune(replace(layer, before=before))
                 mask = done.mask if before is None else done.mask & before
                 set_matrix(module, done.weight.masked_fill(~mask, 0.0))
-                masks[key] = mask.view(module.get_parameter("weight").shape)
+                masks[key] = on_disk(mask.view(module.get_parameter("weight").shape))
                 if done.grid is not None:
                     encodings[key] = done.grid
                 layers.append({**zeros_report(key, matrix(module)), **done.told})

@@ -128,8 +128,8 @@ def _wanted(original: tuple[Tensor, Tensor], total: Tensor, damping: float) -> t
     ridge = damping * float(total.diagonal().mean()) or 1.0
     damped = total.clone()
     damped.diagonal().add_(ridge)
-    if cross is total:
-        return damped, weight.double() @ damped
+    if cross is total:  # the fit is in float32
+        return damped, weight.float() @ damped.float()
     wanted = cross.clone()
     wanted.diagonal().add_(ridge)
     return damped, weight.double() @ wanted
