@@ -6,7 +6,7 @@ for training and 1,000 for evaluation. Weights: trained by scripts/train/mnistcn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -82,11 +82,16 @@ def samples() -> Iterable[Feeds]:
     return [{"image": part.clone()} for part in images[: sum(BATCHES)].split(list(BATCHES))]
 
 
-def evaluate(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> dict[str, float]:
+def evaluate(
+    predict: Callable[[Feeds], Mapping[str, Tensor]], record: Callable[[str, Sequence[float]], None] | None = None
+) -> dict[str, float]:
     """Share of the 1,000 held-out digits that are named right."""
     _, images, _, labels = _split()
     guesses = [predict({"image": part})["logits"].argmax(dim=1) for part in images.split(max(BATCHES))]
-    return {"accuracy": (torch.cat(guesses) == labels).double().mean().item()}
+    right = (torch.cat(guesses) == labels).double()
+    if record:
+        record("accuracy", right.tolist())
+    return {"accuracy": right.mean().item()}
 
 
 def train_batches(epoch: int = 0) -> Iterator[Feeds]:

@@ -78,9 +78,9 @@ def compare(
 ) -> dict[str, Any]:
     """Time `candidate` and each reference on the inputs of `case`; the result is JSON.
 
-    Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), p99_sure_ms (a
-    bound, or None), runs, blocks, disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, joules_per_run (None where
-    the environment's "energy" says that it is unavailable), environment, notes, block_medians_ms per reference, and
+    Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), p90_sure_ms and
+    p99_sure_ms (bounds, or None), runs, blocks, disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, joules_per_run
+    (None where the environment's "energy" is unavailable), environment, notes, block_medians_ms per reference, and
     `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, joules_per_run, and speedup
     (reference time over candidate time), speedup_ci (95 %; None below five undisturbed blocks, which decide nothing),
     speedup_range (the lowest and highest ratio of the blocks), verdict, confirmed.
@@ -237,6 +237,7 @@ def _times(samples: Sequence[float]) -> dict[str, Any]:
         "p50_ms": medians([samples])[0],
         "p90_ms": percentile(samples, 0.90),
         "p99_ms": percentile(samples, 0.99),
+        "p90_sure_ms": sure_percentile(samples, 0.90),
         "p99_sure_ms": sure_percentile(samples, 0.99),
         "runs": len(samples),
     }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from deploytool.difference import error_max
+from deploytool.errors import InputRefused
 from deploytool.target import Limits
+
+_RESAMPLES = 2000
 
 
 def judge_parity(parity: Mapping[str, Any], limits: Limits) -> list[str]:
@@ -49,8 +54,11 @@ def _beyond(figures: Mapping[str, Any], limits: Limits, derived: Mapping[str, An
 def compare_quality(
     reference: Mapping[str, Any], candidate: Mapping[str, Any], lower_is_better: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
-    """The report's "quality" and "generation" from what two `quality_job`s returned."""
-    quality = {
+    """The report's "quality" and "generation" from what two `quality_job`s returned.
+
+    A metric whose samples both have scored has the "paired" difference of the two; see `paired`.
+    """
+    quality: dict[str, dict[str, Any]] = {
         name: {
             "reference": value,
             "candidate": candidate["metrics"].get(name),
@@ -58,12 +66,31 @@ def compare_quality(
         }
         for name, value in reference["metrics"].items()
     }
+    for name, scores in reference.get("scores", {}).items():
+        quality[name]["paired"] = paired(name, scores, candidate.get("scores", {}).get(name, []))
     if not reference["tokens"]:
         return quality, None
     pairs = [(a, b) for r, c in zip(reference["tokens"], candidate["tokens"], strict=True)
              for a, b in zip(r, c, strict=True)]  # fmt: skip
     same = sum(a == b for a, b in pairs)
     return quality, {"prompts": len(reference["tokens"]), "tokens": len(pairs), "agreement": same / len(pairs)}
+
+
+def paired(name: str, reference: Sequence[float], candidate: Sequence[float]) -> dict[str, Any]:
+    """How much the scores of the same samples differ: {"samples", "difference", "ci"}.
+
+    The mean of candidate minus reference, and its 95 % interval: a bootstrap over samples, seeded, so that the spread
+    that both sides share is left out. Raises InputRefused for scores that do not pair.
+    Source: B. Efron, R. Tibshirani, An Introduction to the Bootstrap, chapter 13 (percentile interval).
+    """
+    if not reference or len(reference) != len(candidate):
+        raise InputRefused("DT313", f"the scores of {name!r} must be of the same samples for both "
+                           f"(got {len(reference)} and {len(candidate)})")  # fmt: skip
+    differences = np.asarray(candidate, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    means = [differences[rng.integers(0, len(differences), len(differences))].mean() for _ in range(_RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"samples": len(differences), "difference": float(differences.mean()), "ci": [float(low), float(high)]}
 
 
 def judge_quality(

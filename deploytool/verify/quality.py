@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +24,45 @@ NEW_TOKENS = 32
 def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
     """Evaluate an artifact with the hooks of the model `ref` (in a worker).
 
-    Returns {"metrics": {name: value}, "tokens": [[id, ...], ...]}; empty where the model has no such hook.
+    Returns {"metrics": {name: value}, "scores": {name: [number of each sample, ...]}, "tokens": [[id, ...], ...]};
+    empty where the model has no such hook, or its evaluate() does not take `record`.
     """
     hooks = open_hooks(ModelRef(**ref))
     metrics: dict[str, float] = {}
+    scores: dict[str, list[float]] = {}
     tokens: list[list[int]] = []
     with open_artifact(Artifact.load(Path(artifact), check=False)) as runner:
         if hooks.evaluate is not None:
-            metrics = _checked(_run("evaluate", hooks.evaluate, tensor_predict(runner)))
+            recorded = {"record": partial(_record, scores)} if _records(hooks.evaluate) else {}
+            metrics = _checked(_run("evaluate", hooks.evaluate, tensor_predict(runner), **recorded))
+            if unknown := [name for name in scores if name not in metrics]:
+                raise InputRefused("DT313", "record() must be given metrics that evaluate() gives "
+                                   f"(got {', '.join(unknown)})", detail=[nearest(unknown[0], metrics)])  # fmt: skip
             if unknown := [name for name in hooks.lower_is_better if name not in metrics]:
                 raise InputRefused("DT313", "LOWER_IS_BETTER must name metrics that evaluate() gives "
                                    f"(got {', '.join(unknown)})", detail=[nearest(unknown[0], metrics)])  # fmt: skip
         if hooks.prompts is not None:
             tokens = [greedy(runner, prompt, NEW_TOKENS) for prompt in _prompts(_run("prompts", hooks.prompts))]
-    return {"metrics": metrics, "tokens": tokens}
+    return {"metrics": metrics, "scores": scores, "tokens": tokens}
 
 
-def _run(name: str, hook: Callable[..., Any], *arguments: Any) -> Any:
+def _records(evaluate: Callable[..., Any]) -> bool:
+    """Whether evaluate() can tell the scores of single samples."""
+    return "record" in inspect.signature(evaluate).parameters
+
+
+def _record(scores: dict[str, list[float]], name: str, numbers: Iterable[Any]) -> None:
+    """What a model's evaluate() calls: the scores of the next samples, in the same order in every run."""
+    taken = [float(number) for number in numbers]
+    if not all(map(math.isfinite, taken)):
+        raise InputRefused("DT313", f"every score of {name!r} must be finite (got {taken!r:.300})")
+    scores.setdefault(str(name), []).extend(taken)
+
+
+def _run(name: str, hook: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The model's own code: what it raises is its author's to mend."""
     try:
-        return hook(*arguments)
+        return hook(*arguments, **named)
     except DeployError:
         raise
     except Exception as error:

@@ -4,7 +4,7 @@
 The search runs in a fresh folder. Then every combination of the settings is built, checked and timed by `--exhaustive`
 in a copy of that folder, with four times as many rounds each. Prints JSON: seconds of both, the pick, the regret (how
 much longer the pick takes than the best of all, geometric mean over the buckets, both by the rounds of the second
-run), and per bucket the pick against the best unquantized artifact.
+run), per bucket the regret against whatever is the best there, and the pick against the best unquantized artifact.
 
     python scripts/bench/tune.py --model minilm --max-drop 0.5% --at batch=1,sequence=16 --at batch=1,sequence=64 \
         --at batch=1,sequence=128 --targets ort ort-int8 openvino openvino-int8 fbgemm torchscript --work /tmp/tuned
@@ -66,6 +66,8 @@ def summary(found: dict[str, Any], whole: dict[str, Any], seconds: float) -> dic
         "search_seconds": seconds, "every_seconds": whole["spent_seconds"],
         "share_of_time": seconds / whole["spent_seconds"],
         "pick": pick["name"], "best_of_all": best["name"], "regret": pick["relative_time"] / best["relative_time"] - 1,
+        "regret_by_bucket": {b: pick["p50_ms"][b] / min(c["p50_ms"][b] for c in fit.values() if c["status"] == "fit") - 1
+                             for b in whole["buckets"]},
         "drop": found["chosen"]["drop"], "plain": plain["name"],
         "time_against_plain": {b: pick["p50_ms"][b] / plain["p50_ms"][b] for b in whole["buckets"]},
         "p50_ms": {name: c["p50_ms"] for name, c in fit.items()}, "front": whole["front"],

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from deploytool.difference import Difference
+from deploytool.errors import InputRefused
 from deploytool.target import Limits
-from deploytool.verify.judge import compare_quality, judge_parity, judge_quality
+from deploytool.verify.judge import compare_quality, judge_parity, judge_quality, paired
 
 LIMITS = Limits(cosine_min=0, metric_drop_max=0.01, generation_min=0.9)
 
@@ -72,3 +73,23 @@ def test_one_row_of_the_wrong_scale(factor: float, passes: bool) -> None:
     difference.add(0, reference, candidate)
     parity = {"cases": 1, "outputs": {"y": difference.summary()}}
     assert (judge_parity(parity, Limits(cosine_min=0.98, sqnr_db_min=12)) == []) == passes
+
+
+def test_differences_are_paired() -> None:
+    """Samples that are equally hard for both cancel: a small loss on every one of them is told from chance."""
+    hard = np.random.default_rng(0).normal(0.0, 5.0, 200)
+    noise = np.random.default_rng(1).normal(0.0, 0.1, 200)
+    found = paired("m", hard.tolist(), (hard - 0.1 + noise).tolist())
+    assert found["samples"] == 200 and found["ci"][0] < found["difference"] < found["ci"][1] < 0
+    assert found == paired("m", hard.tolist(), (hard - 0.1 + noise).tolist())
+    assert paired("m", [1.0, 0.0], [1.0, 0.0]) == {"samples": 2, "difference": 0.0, "ci": [0.0, 0.0]}
+    told, _ = compare_quality({"metrics": {"m": 1.0}, "scores": {"m": [1.0, 1.0]}, "tokens": []},
+                              {"metrics": {"m": 0.5}, "scores": {"m": [1.0, 0.0]}, "tokens": []}, ())  # fmt: skip
+    assert told["m"]["paired"]["difference"] == -0.5
+
+
+def test_scores_that_do_not_pair_are_refused() -> None:
+    """Fewer scores on one side, or none, give no interval of something else."""
+    for reference, candidate in (([1.0, 0.0], [1.0]), ([1.0], []), ([], [])):
+        with pytest.raises(InputRefused, match="of the same samples"):
+            paired("m", reference, candidate)

@@ -81,7 +81,7 @@ def prompts(): return [[0], [4, 5]]
 
 def test_without_hooks_nothing_is_measured(artifact: str, tmp_path: Path) -> None:
     """A model without measures has none, rather than made-up ones."""
-    assert quality_job(artifact, ref(tmp_path, "")) == {"metrics": {}, "tokens": []}
+    assert quality_job(artifact, ref(tmp_path, "")) == {"metrics": {}, "scores": {}, "tokens": []}
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,16 @@ def test_predict_takes_tensors_arrays_and_lists() -> None:
     values: list[Any] = [ids.T.contiguous(), ids.T, ids.T.numpy(), ids.T.tolist()]
     outputs = [predict({"input_ids": v, "attention_mask": torch.ones(2, 2)})["logits"] for v in values]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_scores_of_single_samples_are_recorded(tmp_path: Path, artifact: str) -> None:
+    """An evaluate() that takes `record` has its scores kept in order; unknown names and NaN are refused."""
+    text = "def evaluate(predict, record=None):\n    record('m', [1, 0.5])\n    record({!r}, [{}])\n"
+    text += "    return {{'m': 0.5}}\n"
+    assert quality_job(artifact, ref(tmp_path, text.format("m", "0")))["scores"] == {"m": [1.0, 0.5, 0.0]}
+    for name, number in (("n", "0"), ("m", "float('nan')")):
+        with pytest.raises(DeployError) as caught:
+            quality_job(artifact, ref(tmp_path, text.format(name, number)))
+        assert caught.value.code == "DT313"
+    plain = "def evaluate(predict):\n    return {'m': 0.5}\n"
+    assert quality_job(artifact, ref(tmp_path, plain))["scores"] == {}
