@@ -3,7 +3,7 @@
     turns = Turns()
     for block in walk_blocks(source, chosen, samples):
         with turns.finishing(block):
-            for totals in turns.totals(block, gram):    # {layer: Total}, one Total for all layers of the turn
+            for totals in turns.totals(block):          # {layer: Total}, one Total for all layers of the turn
                 ...                                     # give these layers other weights
 
 Each layer makes good for what those before it have lost. The calls wait before the layers that come next, so the block
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from deploytool.compress.blocks import Block, Moments, Stage, Total, check_finite, paired_moments
 from deploytool.compress.calls import leaves
-from deploytool.compress.matrices import Measure, gram, rows
+from deploytool.compress.matrices import gram, rows
 from deploytool.compress.paused import Paused, forward, own
 from deploytool.load.memory import drop_pages, give_back, on_disk
 
@@ -40,18 +40,18 @@ class Turns:
         self.low = precision == "bfloat16" or (precision == "auto" and _computes_bfloat16())
         self._written: dict[type[nn.Module], list[int] | None] = {}
 
-    def totals(self, block: Block, measure: Measure) -> Iterator[dict[str, Total]]:
-        """{layer: Total of `measure`} of every turn's layers, as `Block.accumulate` has it, in the order they read."""
+    def totals(self, block: Block) -> Iterator[dict[str, Total]]:
+        """{layer: Total of `gram`} of every turn's layers, as `Block.accumulate` has it, in the order they read."""
         stages = block.stages()
         written = self._may_wait(block, stages)
         if written is None:
             for stage in stages:
-                yield block.accumulate(measure, stage.layers, once=stage.once)
+                yield block.accumulate(gram, stage.layers, once=stage.once)
             return
         with Paused(block.module, block.calls, block.layers, written, low=self.low) as paused:
             for stage in stages:
                 first = block.layers[stage.layers[0]]
-                total = _summed(measure, [self._rows(first, x) for x in paused.reach(stage.layers)])
+                total = self._summed([rows(first, x) for x in paused.reach(stage.layers)])
                 give_back()
                 check_finite({stage.layers[0]: total.sum})
                 yield dict.fromkeys(stage.layers, total)
@@ -70,8 +70,8 @@ class Turns:
               Paused(now.module, now.calls, now.layers, written, low=self.low) as new):  # fmt: skip
             for stage in stages:
                 first = now.layers[stage.layers[0]]
-                x0, x = ([self._rows(first, x) for x in calls.reach(stage.layers)] for calls in (old, new))
-                both = _paired(x0, x)
+                x0, x = ([rows(first, x) for x in calls.reach(stage.layers)] for calls in (old, new))
+                both = self._paired(x0, x)
                 del x0, x
                 give_back()
                 check_finite({stage.layers[0]: both.cross + both.gram})
@@ -99,9 +99,30 @@ class Turns:
         del before
         give_back()
 
-    def _rows(self, layer: nn.Module, x: Tensor) -> Tensor:
-        found = rows(layer, x)
-        return found.bfloat16() if self.low else found
+    def _summed(self, parts: Sequence[Tensor]) -> Total:
+        made: Total | None = None
+        for start in range(0, len(parts), _TOGETHER):
+            x = torch.cat(list(parts[start : start + _TOGETHER]))
+            value = _product(x, x, low=self.low)
+            made = Total(value if made is None else made.sum.add_(value), len(x) + (made.rows if made else 0))
+        if made is None:
+            raise AssertionError("a stage is what the first call reads")
+        return made
+
+    def _paired(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> Moments:
+        made: Moments | None = None
+        for start in range(0, len(now), _TOGETHER):
+            x0, x = (torch.cat(list(parts[start : start + _TOGETHER])) for parts in (before, now))
+            own, cross = _product(x, x, low=self.low), _product(x0, x, low=self.low)
+            if made is None:
+                made = Moments(own, cross, len(x))
+            else:
+                made.gram += own
+                made.cross += cross
+                made.rows += len(x)
+        if made is None:
+            raise AssertionError("a stage is what the first call reads")
+        return made
 
     def _may_wait(self, block: Block, stages: Sequence[Stage]) -> list[int] | None:
         """Which leaves of a call the block writes into, or None where its calls cannot wait side by side.
@@ -115,6 +136,24 @@ class Turns:
         if kind not in self._written:
             self._written[kind] = _prove(block, stages, low=self.low)
         return self._written[kind]
+
+
+def _product(x0: Tensor, x: Tensor, *, low: bool) -> Tensor:
+    """x0^T x [in, in] of rows, float64; exactly symmetric where both are one tensor.
+
+    In bfloat16 only what varies is multiplied, and the means are added afterwards: a product of them would be rounded
+    to more than what distinguishes the rows.
+    """
+    if not low:
+        return (gram(x) if x0 is x else x0.T @ x).double()
+    means, offs, rests = [], [], []
+    for t in (x0, x):
+        mean = t.float().mean(dim=0)
+        off = (t.float() - mean).bfloat16()
+        means, offs, rests = [*means, mean.double()], [*offs, off], [*rests, off.double().sum(dim=0)]
+    varying = (gram(offs[1]) if x0 is x else offs[0].T @ offs[1]).double()
+    halves = [rest + len(x) / 2 * mean for rest, mean in zip(rests, means, strict=True)]
+    return varying.add_(torch.outer(means[0], halves[1]).add_(torch.outer(halves[0], means[1])))
 
 
 def _computes_bfloat16() -> bool:
@@ -142,29 +181,3 @@ def _equal(one: Any, two: Any) -> bool:
 
 def _bytes(leaf: Any) -> int:
     return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
-
-
-def _summed(measure: Measure, parts: Sequence[Tensor]) -> Total:
-    """The measure's sum over all rows."""
-    total: Tensor | None = None
-    for start in range(0, len(parts), _TOGETHER):
-        value = measure(torch.cat(list(parts[start : start + _TOGETHER])))
-        total = value.double() if total is None else total.add_(value)
-    if total is None:
-        raise AssertionError("a stage is what the first call reads")
-    return Total(total, sum(len(part) for part in parts))
-
-
-def _paired(before: Sequence[Tensor], now: Sequence[Tensor]) -> Moments:
-    made: Moments | None = None
-    for start in range(0, len(now), _TOGETHER):
-        x0, x = (torch.cat(list(parts[start : start + _TOGETHER])) for parts in (before, now))
-        if made is None:
-            made = Moments(gram(x).double(), (x0.T @ x).double(), len(x))
-        else:
-            made.gram += gram(x)
-            made.cross += x0.T @ x
-            made.rows += len(x)
-    if made is None:
-        raise AssertionError("a stage is what the first call reads")
-    return made

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deploytool.compress import turns as turns_module
 from deploytool.compress.blocks import Block, walk_blocks
 from deploytool.compress.calls import leaves, replay
-from deploytool.compress.matrices import gram, matrix, matrix_layers, set_matrix
+from deploytool.compress.matrices import matrix, matrix_layers, set_matrix
 from deploytool.compress.paused import Paused
 from deploytool.compress.turns import Turns
 from deploytool.errors import InputRefused
@@ -72,7 +72,7 @@ def _walked(source: Source, precision: str = "float32") -> tuple[list[tuple[str,
     names = [name for name in matrix_layers(source.module)[0] if "layers" in name]
     seen, turns = [], Turns(precision)
     for block in walk_blocks(source, names, list(source.samples())):
-        for totals in turns.totals(block, gram):
+        for totals in turns.totals(block):
             for name, total in totals.items():
                 seen.append((name, total.sum.clone(), total.rows))
                 matrix(block.layers[name]).mul_(1 - 0.01 * float(total.sum.diagonal().mean().clamp(max=30)))
@@ -147,7 +147,7 @@ def test_low_precision_is_near_and_outputs_stay_float32(tiny: Source) -> None:
         assert 0 < float((one - other).norm() / one.norm()) < 0.02
     source = _chain(tiny)
     block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))
-    list(Turns("bfloat16").totals(block, gram))
+    list(Turns("bfloat16").totals(block))
     assert block.given is not None and {out.dtype for out in block.given} == {torch.float32}
 
 
@@ -174,7 +174,7 @@ def test_sums_that_are_not_finite_are_refused(tiny: Source) -> None:
     matrix(source.module.layers[0].q).fill_(torch.inf)  # type: ignore[index, union-attr]
     block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
     with pytest.raises(InputRefused, match=r"layers\.0\.down"):
-        list(Turns().totals(block, gram))
+        list(Turns().totals(block))
     assert threading.active_count() == 1
 
 
@@ -182,7 +182,7 @@ def test_outputs_of_waiting_calls_are_those_of_the_changed_block(tiny: Source) -
     """`given` must be what the block gives as it was left."""
     source = _chain(tiny)
     block: Block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
-    for totals in Turns().totals(block, gram):
+    for totals in Turns().totals(block):
         for name in totals:
             matrix(block.layers[name]).mul_(0.5)
     assert block.given is not None
@@ -208,7 +208,7 @@ def test_finished_weights_lie_on_disk(tiny: Source) -> None:
     names = [name for name in matrix_layers(source.module)[0] if name.endswith("1")]
     for block in walk_blocks(source, names, list(source.samples())):
         with turns.finishing(block):
-            for totals in turns.totals(block, gram):
+            for totals in turns.totals(block):
                 for name in totals:
                     wanted[name] = matrix(block.layers[name]) * 0.5
                     set_matrix(block.layers[name], wanted[name])
@@ -216,3 +216,14 @@ def test_finished_weights_lie_on_disk(tiny: Source) -> None:
         weight = source.module.get_submodule(name).get_parameter("weight")
         assert torch.equal(weight, value) and (weight.data_ptr() != value.data_ptr() or sys.platform != "linux")
     assert len(wanted) == 2
+
+
+def test_rows_with_a_strong_mean_keep_their_differences_in_low_precision() -> None:
+    """Nearly equal rows must give a matrix whose small directions are those of float64, and a symmetric one."""
+    x = 50 + torch.randn(512, 40, generator=torch.Generator().manual_seed(0))
+    exact, low = x.double().T @ x.double(), turns_module._product(x, x, low=True)
+    low_cross = turns_module._product(x, 2 * x, low=True)
+    assert torch.equal(low, low.T)
+    small, found = torch.linalg.eigvalsh(exact)[:-1], torch.linalg.eigvalsh(low)[:-1]
+    torch.testing.assert_close(found, small, rtol=0.02, atol=0)
+    torch.testing.assert_close(low_cross, 2 * exact, rtol=1e-4, atol=0)

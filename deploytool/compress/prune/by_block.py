@@ -116,7 +116,7 @@ def _looks(turns: Turns, block: Block, reference: Block | None, measure: Measure
                 old = matrix(reference.layers[name])
                 yield name, Layer(matrix(block.layers[name]), both.gram, None, (old, both.cross))
         return
-    looks = turns.totals(block, measure) if measure is gram else [block.accumulate(measure)]
+    looks = turns.totals(block) if measure is gram else [block.accumulate(measure)]
     for totals in looks:
         for name, total in totals.items():
             yield name, Layer(matrix(block.layers[name]), total.sum, None)

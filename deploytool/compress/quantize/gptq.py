@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deploytool.compress.blocks import Block, walk_blocks
-from deploytool.compress.matrices import gram, matrix
+from deploytool.compress.matrices import matrix
 from deploytool.compress.quantize.layers import (
     chosen_layers,
     group_of,
@@ -186,7 +186,7 @@ def _sharing(
     turns: Turns, block: Block, usual: int, bits: Mapping[str, int]
 ) -> Iterator[tuple[list[str], Tensor, int]]:
     """Layers of a turn that get as many bits, with their input's second moments and the bits, turn after turn."""
-    for totals in turns.totals(block, gram):
+    for totals in turns.totals(block):
         groups: dict[tuple[int, int], tuple[list[str], Tensor]] = {}
         for name, total in totals.items():
             groups.setdefault((id(total), bits.get(name, usual)), ([], total.sum))[0].append(name)
