@@ -57,7 +57,8 @@ def summary(found: dict[str, Any], whole: dict[str, Any], seconds: float) -> dic
     """The comparison. `every_seconds` holds the search's own work too, which the second run did not do again."""
     fit = {c["name"]: c for c in whole["configurations"] if c["status"] != "refused" and c["relative_time"]}
     pick = fit[found["chosen"]["name"]]
-    best = min((c for c in fit.values() if c["status"] == "fit"), key=lambda c: c["relative_time"])
+    good = [c for c in fit.values() if c["status"] == "fit"]
+    best = min(good, key=lambda c: c["relative_time"])
     plain = min((c for c in fit.values() if c["target"] in ("ort", "openvino", "torchscript")),
                 key=lambda c: c["relative_time"])  # fmt: skip
     return {
@@ -66,8 +67,7 @@ def summary(found: dict[str, Any], whole: dict[str, Any], seconds: float) -> dic
         "search_seconds": seconds, "every_seconds": whole["spent_seconds"],
         "share_of_time": seconds / whole["spent_seconds"],
         "pick": pick["name"], "best_of_all": best["name"], "regret": pick["relative_time"] / best["relative_time"] - 1,
-        "regret_by_bucket": {b: pick["p50_ms"][b] / min(c["p50_ms"][b] for c in fit.values() if c["status"] == "fit") - 1
-                             for b in whole["buckets"]},
+        "regret_by_bucket": {b: pick["p50_ms"][b] / min(c["p50_ms"][b] for c in good) - 1 for b in whole["buckets"]},
         "drop": found["chosen"]["drop"], "plain": plain["name"],
         "time_against_plain": {b: pick["p50_ms"][b] / plain["p50_ms"][b] for b in whole["buckets"]},
         "p50_ms": {name: c["p50_ms"] for name, c in fit.items()}, "front": whole["front"],

@@ -61,7 +61,8 @@ def test_the_command_packs_them(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bundle's runner takes what fits and refuses the rest; every profile that made it stands in the project."""
-    pytest.importorskip("torch")
+    for module in ("torch", "onnxruntime"):
+        pytest.importorskip(module)
     out = tmp_path / "best"
 
     def another(search: Search, chosen: Trial) -> list[Trial]:
@@ -73,7 +74,7 @@ def test_the_command_packs_them(
     for name, few in (("station._SLOT_SECONDS", 0.005), ("search._HEATS", (1, 1, 1, 1)), ("search._FINAL_ROUNDS", 2)):
         monkeypatch.setattr(f"deploytool.tune.{name}", few)
     asked = ["--at", "batch=1", "--at", "batch=2", "--max-drop", "100%", "--bench-seconds", "0", "--budget", "5m"]
-    assert run(["tune", model, "-t", "torchscript", *asked, "--pack", "-o", str(out), "--json", "-q"]) == 0
+    assert run(["tune", model, "-t", "ort", *asked, "--pack", "-o", str(out), "--json", "-q"]) == 0
     packed = json.loads(capsys.readouterr().out)["packed"]
     assert [bucket["sizes"] for bucket in packed["buckets"]] == [{"batch": 1}, {"batch": 2}]
     assert len({bucket["target"] for bucket in packed["buckets"]}) == 2
