@@ -146,14 +146,18 @@ def _product(x0: Tensor, x: Tensor, *, low: bool) -> Tensor:
     """
     if not low:
         return (gram(x) if x0 is x else x0.T @ x).double()
-    means, offs, rests = [], [], []
-    for t in (x0, x):
-        mean = t.float().mean(dim=0)
-        off = (t.float() - mean).bfloat16()
-        means, offs, rests = [*means, mean.double()], [*offs, off], [*rests, off.double().sum(dim=0)]
-    varying = (gram(offs[1]) if x0 is x else offs[0].T @ offs[1]).double()
-    halves = [rest + len(x) / 2 * mean for rest, mean in zip(rests, means, strict=True)]
-    return varying.add_(torch.outer(means[0], halves[1]).add_(torch.outer(halves[0], means[1])))
+    mean0, off0, rest0 = _centred(x0)
+    mean, off, rest = (mean0, off0, rest0) if x0 is x else _centred(x)
+    varying = (gram(off) if x0 is x else off0.T @ off).double()
+    half0, half = (r + len(x) / 2 * m for r, m in ((rest0, mean0), (rest, mean)))
+    return varying.add_(torch.outer(mean0, half).add_(torch.outer(half0, mean)))
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows' mean [in], the rows without it in bfloat16, and the sum [in] that rounding leaves of these."""
+    mean = x.float().mean(dim=0)
+    off = (x.float() - mean).bfloat16()
+    return mean.double(), off, off.double().sum(dim=0)
 
 
 def _computes_bfloat16() -> bool:
