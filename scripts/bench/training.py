@@ -3,7 +3,8 @@
 python scripts/bench/training.py tsld       2-bit language model: token-scaled against logit distillation
 python scripts/bench/training.py qat        8 bits trained, against fp32, and each int8 engine with the learned scales
                                             against its own quantizer: digits and mnistcnn
-python scripts/bench/training.py half       half the blocks of digits: metric kept, and speed, eager and ONNX Runtime
+python scripts/bench/training.py half       half the blocks of digits, or with --model of MiniLM: metric kept, speed,
+                                            eager and ONNX Runtime
 python scripts/bench/training.py killed     SIGKILL at 20 random moments, then the weights of a quiet run?
 python scripts/bench/training.py memory     resident memory over 10,000 steps, and what gradient checkpointing saves
 """
@@ -45,6 +46,7 @@ from deploytool.train.schedule import Schedule
 
 HERE = Path(__file__).parent
 LM = HERE / "training_lm.py"
+Feeds = dict[str, np.ndarray]
 
 
 def say(line: str) -> None:
@@ -118,29 +120,38 @@ def _exported(model: str, targets: list[str], out: Path) -> dict[str, Any]:
 
 
 def half(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy, and the time of one image and of 32: the two models take turns, eager and in ONNX Runtime."""
-    text = (HERE.parents[1] / "models" / "recipes" / "digits-half.toml").read_text()
-    student, report = run("digits", text)
+    """The metric, and the time of one input and of several: the two models take turns, eager and in ONNX Runtime."""
+    text = (HERE.parents[1] / "models" / "recipes" / f"{arguments.model}-half.toml").read_text()
+    student, report = run(arguments.model, text)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        sources = {"whole": open_source(resolve("digits")), "half": student}
-        ways: dict[str, dict[str, Callable[[np.ndarray], object]]] = {"eager": {}, "ort": {}}
+        sources = {"whole": open_source(resolve(arguments.model)), "half": student}
+        ways: dict[str, dict[str, Callable[[Feeds], object]]] = {"eager": {}, "ort": {}}
         for name, source in sources.items():
             session = open_session(lower_onnx(source, Path(folder) / name).main_file, torch.get_num_threads())
-            ways["eager"][name] = lambda image, module=source.module: module(image=torch.from_numpy(image))  # type: ignore[misc]
-            ways["ort"][name] = lambda image, session=session: session.run(None, {"image": image})  # type: ignore[misc]
-        speed = {way: {rows: _in_turns(runs, np.random.default_rng(0).random((rows, 1, 8, 8), np.float32))
-                       for rows in (1, 32)} for way, runs in ways.items()}  # fmt: skip
-    before, after = (report[when]["metrics"]["accuracy"] for when in ("before", "after"))
-    return {"before": before, "after": after, "kept": after / before, "threads": torch.get_num_threads(), **speed}
+            ways["eager"][name] = lambda feeds, flat=source.flat: flat(*map(torch.from_numpy, feeds.values()))  # type: ignore[misc]
+            ways["ort"][name] = lambda feeds, session=session: session.run(None, feeds)  # type: ignore[misc]
+        speed = {way: {rows: _in_turns(runs, _feeds(sources["whole"], rows)) for rows in (1, arguments.rows)}
+                 for way, runs in ways.items()}  # fmt: skip
+    [(metric, before)] = report["before"]["metrics"].items()
+    after = report["after"]["metrics"][metric]
+    return {"model": arguments.model, "metric": metric, "before": before, "after": after, "kept": after / before,
+            "threads": torch.get_num_threads(), "seconds": [step["seconds"] for step in report["steps"]],
+            **speed}  # fmt: skip
 
 
-def _in_turns(runs: dict[str, Callable[[np.ndarray], object]], image: np.ndarray) -> dict[str, float]:
+def _feeds(source: Source, rows: int) -> Feeds:
+    """The first row of the first sample, which is the one that models are timed with, so many times."""
+    first = next(iter(source.samples()))
+    return {n: first[n][:1].repeat(rows, *[1] * (first[n].ndim - 1)).numpy() for n in source.signature.input_names}
+
+
+def _in_turns(runs: dict[str, Callable[[Feeds], object]], feeds: Feeds) -> dict[str, float]:
     """Median milliseconds of each, and of the ratios of calls that follow one another."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(320):
         for name, call in runs.items():
             started = time.perf_counter()
-            call(image)
+            call(feeds)
             if turn >= 20:  # the first warm up
                 times[name].append((time.perf_counter() - started) * 1e3)
     ratios = [whole / thin for whole, thin in zip(times["whole"], times["half"], strict=True)]
@@ -213,6 +224,8 @@ def main() -> None:
     parser.add_argument("part", choices=[*parts, "child"])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--targets", nargs="+", default=["ort-int8", "openvino-int8", "fbgemm"], help="of qat")
+    parser.add_argument("--model", default="digits", choices=["digits", "minilm"], help="of half")
+    parser.add_argument("--rows", type=int, default=32, help="of half: the larger batch that is timed")
     parser.add_argument("--steps", type=int, default=80, help="of two-bit training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2, help="of the fp32 language model")
