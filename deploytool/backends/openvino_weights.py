@@ -1,4 +1,8 @@
-"""Weights of an OpenVINO model in 8 or 4 bits with NNCF; activations stay floating point.
+"""Weights of an OpenVINO model in 8 or 4 bits with NNCF; activations stay floating point, or are rounded as they come.
+
+Where the CPU multiplies bytes, the engine rounds the activations of such products in groups of a row, whose scale it
+finds as it runs: nothing is calibrated, and no outlier of another row spoils a scale. Wider groups mean fewer scales;
+a product whose width the group does not divide is computed in floating point.
 
 ONNX keeps the weight of a product as [in, out]. NNCF's data-aware ways (scale estimation, AWQ, GPTQ) read it as
 [out, in]: on a graph that comes from ONNX they fail or ruin the model without a word. Weights are turned first.
@@ -8,6 +12,7 @@ Operator: https://docs.openvino.ai/2026/documentation/openvino-ir-format/operati
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import nncf
@@ -20,6 +25,7 @@ from deploytool.backends.base import Request
 from deploytool.errors import BackendFailed, InputRefused
 
 _MODES = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_ASYM}
+_LEAST_GROUP = 16  # fewer would be slower than floating point
 _METHODS: dict[str, dict[str, bool]] = {
     "plain": {},
     "scale-estimation": {"scale_estimation": True},
@@ -51,11 +57,40 @@ def compress_weights(
     if not bits.keys() & {"int8", "int4"}:
         raise InputRefused("DT310", "the graph must hold weights that NNCF compresses (got none)",
                            fix="choose an fp32 target")  # fmt: skip
-    done: dict[str, Any] = {"weights_only": True, "weight_elements": bits}
+    group = widest_group(compressed) if options.activation_group == "widest" else options.activation_group
+    if group is not None:
+        compressed.set_rt_info(str(group), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    done: dict[str, Any] = {"weights_only": True, "weight_elements": bits, "activation_group": group}
     if precision == "int4":
         done |= {"method": options.method, "group_size": options.group_size, "int4_share": options.int4_share,
                  "calibration_feeds": settings["subset_size"], "turned_weights": turned}  # fmt: skip
     return compressed, done
+
+
+def widest_group(model: ov.Model) -> int | None:
+    """The most activations of a row that every product with weights can share a scale of; None: too few for the engine.
+
+    Products of two tensors that are both computed do not count.
+    """
+    group = math.gcd(*(_width(op) for op in model.get_ops() if op.get_type_name() == "MatMul" and _has_weight(op)))
+    return group if group >= _LEAST_GROUP else None
+
+
+def _has_weight(product: ov.Node) -> bool:
+    """Whether the right side comes from constants alone: through what turns codes into numbers."""
+    waiting = [product.input_value(1).get_node()]
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == "Parameter" or node.get_type_name() == "ReadValue":
+            return False
+        waiting += [value.get_node() for value in node.input_values()]
+    return True
+
+
+def _width(product: ov.Node) -> int:
+    shape = product.input_value(1).get_partial_shape()
+    axis = shape[-1] if product.get_attributes()["transpose_b"] else shape[-2]
+    return int(axis.get_length())
 
 
 def turn_weights(model: ov.Model) -> int:

@@ -6,7 +6,7 @@ the lowered graph (`/encoder/layer.0/output/dense/MatMul`).
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -122,7 +122,10 @@ class OpenVinoBuild(KeepFp32):
     """`stateful` holds for every precision, the rest for int8 and int4 only.
 
     stateful              a language model's cache is kept in the engine while it decodes; left out: where it has one
-    weights_only          weights in int8 (or int4, which is always so), activations in floating point
+    weights_only          weights in int8 (or int4, which is always so), activations as `activation_group` says
+    activation_group      numbers of a row of activations that the engine rounds to 8 bits together, with a scale that
+                          it finds as it runs: 0 leaves them in floating point, "widest" is the most that all products
+                          take; left out: the engine's own choice, 32 on CPUs that multiply bytes. Of weights_only
     method                of int4: "plain" rounds to the nearest; the others read calibration feeds
     group_size            of int4: weights that share a scale, along the input; smaller where it does not divide them
     int4_share            of int4: share of the weights that become int4, least sensitive first; the rest is int8
@@ -138,6 +141,7 @@ class OpenVinoBuild(KeepFp32):
 
     stateful: bool | None = None
     weights_only: bool = False
+    activation_group: Annotated[int, Field(ge=0, le=65536)] | Literal["widest"] | None = None
     method: Literal["plain", "scale-estimation", "awq", "gptq"] = "gptq"
     group_size: int = Field(default=64, ge=8, le=4096)
     int4_share: float = Field(default=1.0, gt=0, le=1)

@@ -10,9 +10,10 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
 import openvino as ov
+from openvino import opset13
 
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
-from deploytool.backends.openvino_weights import stored_bits, turn_weights
+from deploytool.backends.openvino_weights import stored_bits, turn_weights, widest_group
 
 
 @pytest.mark.parametrize("method", ["plain", "scale-estimation", "awq", "gptq"])
@@ -40,6 +41,31 @@ def test_eight_bits_are_closer_than_four(workshop: Workshop) -> None:
     assert eight.settings["weight_elements"]["int8"] > 10_000
     assert eight.size_bytes < workshop.artifact("attention", "openvino").size_bytes
     assert close["openvino-weight-int8"] > max(0.999, close["openvino-int4"])
+
+
+def test_activations_are_rounded_in_the_widest_groups(workshop: Workshop) -> None:
+    """The group must divide every product's width and be what the engine is told; 0 must leave activations alone."""
+    widest = workshop.artifact("attention", "openvino-dynamic-int8")
+    group = widest.settings["activation_group"]
+    compiled = ov.Core().compile_model(widest.main_file, "CPU")
+    assert group >= 16 and group == compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")
+    request = workshop.request("attention", load_checked_target("openvino-weight-int8"), activation_group=0)
+    exact = build_artifact(request, {})
+    feeds = workshop.feeds("attention")[1]
+    reference = workshop.reference("attention", feeds)["hidden"]
+    with open_artifact(exact) as floating, open_artifact(widest) as rounded:
+        apart = [float(np.abs(one.run(feeds)["hidden"] - reference).max()) for one in (floating, rounded)]
+    assert apart[0] <= apart[1] < 0.1 * float(np.abs(reference).max())
+
+
+def test_widths_without_a_common_group_are_left_to_the_engine() -> None:
+    """Products of 24 and 40 numbers share groups of 8 only: none is asked for. A product of two inputs has no say."""
+    wide, narrow = (opset13.constant(np.ones((4, width), np.float32)) for width in (24, 40))
+    inputs = [opset13.parameter([-1, width], np.float32) for width in (24, 40, 7)]
+    products = [opset13.matmul(x, w, False, True) for x, w in zip(inputs, (wide, narrow), strict=False)]
+    both = opset13.matmul(inputs[2], inputs[2], True, False)
+    assert widest_group(ov.Model([*products, both], inputs, "narrow")) is None
+    assert widest_group(ov.Model([products[0], both], [inputs[0], inputs[2]], "wide")) == 24
 
 
 def test_widths_that_no_group_divides_still_work(workshop: Workshop) -> None:
