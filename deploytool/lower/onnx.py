@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from deploytool.decoding import decodes
 from deploytool.errors import InputRefused
 from deploytool.load.infer import refuse_non_finite
 from deploytool.load.input_grid import InputGrid
+from deploytool.load.memory import give_back
 from deploytool.load.plain_attention import fused_names, unfuse
 from deploytool.lower.onnx_tidy import fold, tidy
 from deploytool.lower.onnx_trace import trace
@@ -54,7 +54,7 @@ def lower_onnx(
     """
     started = time.perf_counter()
     refuse_non_finite(source.module)
-    _give_back_memory()
+    give_back()  # 40 MB after a batch of MiniLM
     example = choose_example(source.signature, source.samples()) if example is None else example
     model, settings = _export(source, example, exporter)
     out.mkdir(parents=True, exist_ok=True)
@@ -75,12 +75,6 @@ def _of_grids(module: nn.Module) -> dict[str, Any]:
     """
     grids = sum(isinstance(inner, InputGrid) for inner in module.modules())
     return {"input_grids": grids, "fuse_qdq": False} if grids else {}
-
-
-def _give_back_memory() -> None:
-    """Return what earlier stages freed to the system, where the C library keeps it: 40 MB after a batch of MiniLM."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def choose_example(signature: Signature, samples: Iterable[dict[str, Tensor]]) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ Written to a folder of the cache:
     prepared.json         what was done: model, seconds, versions, whether the samples are synthetic
     cases/NNN.npz         inputs and the eager module's outputs; 000 is the example that is timed
     original/NNN.npz      for a compressed model: the same inputs and the uncompressed module's outputs
-    calibration/NNN.npz   inputs only: training batches where the model has them, else its samples
+    calibration/NNN.npz   inputs only: rows of training batches where the model has them, else its samples
     onnx/                 the portable artifact
     encodings.npz         for a quantized model: the codes of the graph's constants
     assets/               tokenizer and the like
@@ -38,11 +38,12 @@ from deploytool.load.variants import parity_feeds, shapes
 from deploytool.lower.encodings import write_encodings
 from deploytool.lower.onnx import Exporter, lower_onnx
 from deploytool.lower.onnx_take import take_onnx
-from deploytool.signature import Outputs
+from deploytool.signature import Outputs, Signature
 from deploytool.source import ModelRef, Source
 from deploytool.storage import sha256_file, write_json
 
 _CALIBRATION_SAMPLES = 32
+_CALIBRATION_ROWS = 4  # of each training batch: quantizers run every feed many times, and more rows change little
 
 
 def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, seed: int) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def _record_calibration(source: Source, folder: Path) -> None:
     hook = "samples" if source.train_batches is None else "train_batches"
     try:
         if source.train_batches is not None:
-            batches = source.train_batches()
+            batches = (_first_rows(source.signature, batch) for batch in source.train_batches())
         taken = list(itertools.islice(batches, _CALIBRATION_SAMPLES))
         feeds = [_arrays({name: batch[name] for name in source.signature.input_names}) for batch in taken]
     except Exception as error:
@@ -148,6 +149,13 @@ def _record_calibration(source: Source, folder: Path) -> None:
         raise InputRefused("DT303", f"{hook}() of {source.ref.name!r} must give at least one batch (got none)")
     for index, inputs in enumerate(feeds):
         Case(inputs).save(folder / f"{index:03d}.npz")
+
+
+def _first_rows(signature: Signature, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A training batch cut to a few rows, where all inputs share one free leading dimension."""
+    leading = {spec.shape[0] if spec.shape else None for spec in signature.inputs}
+    rows = _CALIBRATION_ROWS if len(leading) == 1 and isinstance(*leading, str) else None
+    return {name: batch[name][:rows] for name in signature.input_names}
 
 
 def _arrays(sample: Mapping[str, Tensor]) -> Outputs:
