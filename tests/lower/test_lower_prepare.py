@@ -30,7 +30,10 @@ def samples():
 
 
 def train_batches():
-    return [{{"input": torch.arange(60.0).reshape(10, 6)[:{taken}] + i, "target": torch.zeros({taken})}} for i in range(40)]
+    return [
+        {{"input": torch.arange(60.0).reshape(10, 6)[:{taken}] + i, "target": torch.zeros({taken})}}
+        for i in range(40)
+    ]
 """
 
 
