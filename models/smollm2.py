@@ -11,10 +11,11 @@ import copy
 import importlib.util
 import math
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -101,13 +102,18 @@ def _windows() -> Tensor:
     return torch.tensor(_tokenize(text[: WINDOWS * WINDOW * 8])[: WINDOWS * WINDOW]).view(WINDOWS, WINDOW)
 
 
-def perplexity(predict: Callable[[Feeds], Mapping[str, Tensor]], windows: int) -> float:
-    """exp of the mean loss of the next token, in nats, over the first `windows` windows; one window per call."""
+def _losses(predict: Callable[[Feeds], Mapping[str, Tensor]], windows: int) -> list[float]:
+    """The mean loss of the next token, in nats, of each of the first `windows` windows; one window per call."""
     losses = []
     for window in _windows()[:windows]:
         feeds = inputs_for(_CONFIG, window[None], torch.ones(1, WINDOW, dtype=torch.int64))
         losses.append(cross_entropy(predict(feeds)["logits"][0, :-1].float(), window[1:]).item())
-    return math.exp(sum(losses) / len(losses))
+    return losses
+
+
+def perplexity(predict: Callable[[Feeds], Mapping[str, Tensor]], windows: int) -> float:
+    """exp of the mean loss over the first `windows` windows."""
+    return math.exp(fmean(_losses(predict, windows)))
 
 
 def _docstrings() -> Iterator[str]:
@@ -130,9 +136,14 @@ def calibration() -> Iterable[Feeds]:
     return tuple(inputs_for(_CONFIG, w[None], torch.ones(1, WINDOW, dtype=torch.int64)) for w in windows[picked])
 
 
-def evaluate(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> dict[str, float]:
-    """Perplexity on 24 windows of 512 tokens."""
-    return {"perplexity": perplexity(predict, WINDOWS)}
+def evaluate(
+    predict: Callable[[Feeds], Mapping[str, Tensor]], record: Callable[[str, Sequence[float]], None] | None = None
+) -> dict[str, float]:
+    """Perplexity on 24 windows of 512 tokens; the scores of the windows are their losses in nats."""
+    losses = _losses(predict, WINDOWS)
+    if record:
+        record("perplexity", losses)
+    return {"perplexity": math.exp(fmean(losses))}
 
 
 def prompts() -> list[list[int]]:

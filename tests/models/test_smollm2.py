@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pydoc_data.topics import topics
 from types import ModuleType
@@ -84,3 +85,12 @@ def test_building_twice_gives_separate_models(source: Source, model: Model) -> N
     assert first.lm_head.weight is first.model.embed_tokens.weight
     assert second.lm_head.weight is second.model.embed_tokens.weight
     assert first.lm_head.weight.data_ptr() != second.lm_head.weight.data_ptr()
+
+
+def test_the_losses_of_single_windows_are_told(source: Source) -> None:
+    """A model that holds every token equally likely has the logarithm of the vocabulary as each window's loss."""
+    scores: dict[str, list[float]] = {}
+    even = torch.zeros(1, 1, 1).expand(1, 512, 49152)
+    found = source("smollm2").evaluate(lambda feeds: {"logits": even}, scores.__setitem__)
+    assert found == {"perplexity": pytest.approx(49152, rel=1e-4)}
+    assert scores == {"perplexity": [pytest.approx(math.log(49152), rel=1e-5)] * 24}
