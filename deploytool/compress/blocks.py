@@ -57,7 +57,7 @@ class Block:
     module   the block itself: change its weights in place
     layers   {dotted name: layer} of the chosen layers in it
     calls    the arguments of every call, all samples, as the changed blocks before it give them
-    given    what the changed block gives for every call, where somebody has found out (`turns.in_turn`)
+    given    what the changed block gives for every call, where somebody has found out (`turns.Turns`)
     """
 
     name: str

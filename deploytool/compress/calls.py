@@ -19,12 +19,18 @@ class Reached(Exception):
 
 @contextmanager
 def plain_forward() -> Iterator[None]:
-    """No gradients, and every submodule is called: the fused path of nn.TransformerEncoderLayer would skip them."""
+    """No gradients, and every submodule is called."""
+    with every_submodule(), torch.no_grad():
+        yield
+
+
+@contextmanager
+def every_submodule() -> Iterator[None]:
+    """Every submodule is called, in all threads: the fused path of nn.TransformerEncoderLayer would skip them."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

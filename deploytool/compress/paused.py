@@ -16,13 +16,14 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.calls import Call, leaves, plain_forward, refill
+from deploytool.compress.calls import Call, every_submodule, leaves, plain_forward, refill
 from deploytool.load.memory import share_arena
 
 
@@ -87,23 +88,31 @@ class Paused:
         self._passes = [_Pass(lambda call=call: forward(module, own(call, written), low=low)) for call in calls]  # type: ignore[misc]
         self._layers, self._closed = layers, set(layers)
         self._running: _Pass | None = None
-        self._handles: list[Any] = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> Paused:
-        self._handles = [layer.register_forward_pre_hook(lambda m, args, n=name: self._stand(n, args[0]))
-                         for name, layer in self._layers.items()]  # fmt: skip
-        share_arena()
-        for one in self._passes:
-            one.start()
+        with ExitStack() as stack:
+            stack.enter_context(every_submodule())  # from the first call's start to the last one's end
+            for name, layer in self._layers.items():
+                hook = layer.register_forward_pre_hook(lambda m, args, n=name: self._stand(n, args[0]))
+                stack.callback(hook.remove)
+            share_arena()
+            stack.callback(self._stop)
+            for one in self._passes:
+                one.start()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _stop(self) -> None:
+        self._closed.clear()  # what a call still runs while it unwinds does not wait
         for one in self._passes:
             one.stopped = True
             one.mine.release()
-            one.join()
-        for handle in self._handles:
-            handle.remove()
+            if one.ident is not None:  # else the system refused to start it
+                one.join()
 
     def reach(self, names: Collection[str]) -> list[Tensor]:
         """What the named layers read: one tensor of each call that stands before one of them, in the calls' order.
@@ -133,8 +142,10 @@ class Paused:
 
     def _run(self, one: _Pass) -> None:
         self._running = one
-        one.go_on()
-        self._running = None
+        try:
+            one.go_on()
+        finally:
+            self._running = None
 
     def _stand(self, name: str, x: Tensor) -> None:
         if self._running is not None and name in self._closed:

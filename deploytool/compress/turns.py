@@ -7,8 +7,8 @@
                 ...                                     # give these layers other weights
 
 Each layer makes good for what those before it have lost. The calls wait before the layers that come next, so the block
-runs once for every sample (`paused`). Where that would hold too much, or where layers run several times in a call, each
-turn runs the block anew, to where it has seen enough.
+runs once for every sample (`paused`). Where that would hold too much or take too many threads, or where layers run
+several times in a call, each turn runs the block anew, to where it has seen enough.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from deploytool.compress.blocks import Block, Moments, Stage, Total, check_finite, paired_moments
 from deploytool.compress.calls import leaves
-from deploytool.compress.matrices import gram, rows
+from deploytool.compress.matrices import gram, matrix, rows
 from deploytool.compress.paused import Paused, forward, own
 from deploytool.load.memory import drop_pages, give_back, on_disk
 
 _MOST = 2**29  # bytes that all calls of a block together may hold where they wait
+_MOST_THREADS = 2**11  # of all calls together: each computes with as many as the process may
 _TOGETHER = 4  # calls whose rows are multiplied at once: long products are quicker
 
 
@@ -38,7 +39,7 @@ class Turns:
 
     def __init__(self, precision: str = "float32") -> None:
         self.low = precision == "bfloat16" or (precision == "auto" and _computes_bfloat16())
-        self._written: dict[type[nn.Module], list[int] | None] = {}
+        self._written: dict[tuple[object, ...], list[int] | None] = {}
 
     def totals(self, block: Block) -> Iterator[dict[str, Total]]:
         """{layer: Total of `gram`} of every turn's layers, as `Block.accumulate` has it, in the order they read."""
@@ -130,9 +131,10 @@ class Turns:
         Proved on two calls, once for a kind of block: a module that keeps something of its own during a call would mix
         them up.
         """
-        if not all(stage.once for stage in stages):
+        if not all(stage.once for stage in stages) or len(block.calls) * torch.get_num_threads() > _MOST_THREADS:
             return None
-        kind = type(block.module)
+        shapes = (matrix(layer).shape for layer in block.layers.values())
+        kind = (type(block.module), len(leaves(block.calls[0])), *shapes)
         if kind not in self._written:
             self._written[kind] = _prove(block, stages, low=self.low)
         return self._written[kind]
@@ -175,6 +177,7 @@ def _prove(block: Block, stages: Sequence[Stage], *, low: bool) -> list[int] | N
             held += sum(_bytes(x) for x in paused.reach(stage.layers)[:1])
             paused.release(stage.layers)
         given = leaves(next(paused.outputs()))
+    held += sum(map(_bytes, given))
     same = len(given) == len(expected) and all(_equal(a, b) for a, b in zip(given, expected, strict=True))
     return written if same and held * len(block.calls) <= _MOST else None
 

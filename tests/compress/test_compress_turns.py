@@ -168,6 +168,59 @@ def test_what_fails_in_a_waiting_call_is_raised_and_ends_all(tiny: Source) -> No
     assert not any(layer._forward_pre_hooks for layer in block.layers.values())
 
 
+def test_the_fused_path_is_off_meanwhile_and_back_afterwards(tiny: Source) -> None:
+    """Calls that end one after the other must neither switch it on for those that still run nor leave it off."""
+    source = _chain(tiny)
+    block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))
+    assert torch.backends.mha.get_fastpath_enabled()
+    with Paused(block.module, block.calls, block.layers) as paused:
+        paused.reach(["layers.0.q"])
+        paused.release(["layers.0.q"])
+        assert not any(torch.backends.mha.get_fastpath_enabled() for _ in paused.outputs())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_threads_that_the_system_refuses_leave_nothing_behind(tiny: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not all calls can start, those that have must end, and no hook may stay."""
+    source = _chain(tiny)
+    block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))
+    start = threading.Thread.start
+
+    def refused(one: threading.Thread) -> None:
+        if threading.active_count() > 3:
+            raise RuntimeError("can't start new thread")
+        start(one)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="start new thread"), Paused(block.module, block.calls, block.layers):
+        pass
+    assert threading.active_count() == 1 and not any(layer._forward_pre_hooks for layer in block.layers.values())
+
+
+@pytest.mark.parametrize(("limit", "size"), [("_MOST_THREADS", 6), ("_MOST", 2000)])
+def test_calls_that_take_too_much_do_not_wait(
+    tiny: Source, monkeypatch: pytest.MonkeyPatch, limit: str, size: int
+) -> None:
+    """Seven calls are more than six threads, and what they give counts as what they read: each is run anew then."""
+    source = _chain(tiny)
+    block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))  # 336 bytes of input for each call
+    turns = Turns()
+    list(turns.totals(block))
+    assert block.given is not None
+    monkeypatch.setattr(turns_module, limit, size)
+    block.given, turns = None, Turns()
+    list(turns.totals(block))
+    assert block.given is None
+
+
+def test_layers_of_one_kind_and_other_sizes_are_judged_apart(tiny: Source) -> None:
+    """A head may be too wide to wait where a small layer of the same class was not."""
+    source, turns = _chain(tiny), Turns()
+    for block in walk_blocks(source, ["embed", "head"], list(source.samples())):
+        list(turns.totals(block))
+    assert len(turns._written) == 2
+
+
 def test_sums_that_are_not_finite_are_refused(tiny: Source) -> None:
     """A layer that overflows must be named, as everywhere."""
     source = _chain(tiny)

@@ -63,9 +63,9 @@ def prune_by_block(
     """Prune the chosen layers of a copy that shares the other tensors; the masks travel with the source.
 
     `in_place` changes the given source's module, for callers that need it no more: weights that lie in memory are then
-    held once. Where Gram matrices decide, the layers that read one tensor are pruned before the
-    next ones are looked at: each makes good for what reaches it once those before it are pruned. All fitted to one
-    look, they would make good for it several times.
+    held once. Where Gram matrices decide, the layers that read one tensor are pruned before the next ones are looked
+    at: each makes good for what reaches it once those before it are pruned. All fitted to one look, they would make
+    good for it several times.
     """
     original = with_module(source, shell(source.module)) if getattr(settings, "repair", False) else None
     pruned = source if in_place else with_module(source, shell(source.module))

@@ -92,7 +92,7 @@ def apply(
 ) -> tuple[Source, dict[str, Any]]:
     """Prune the chosen layers, block by block; layers that read the same tensor share one inverse.
 
-    `in_place` changes the given source's module and, without repair, its tensors, for callers that need them no more.
+    `in_place` is that of `prune_by_block`.
     """
     held: list[Any] = [None, None]  # the total that the root was made of; layers that share it follow one another
 
