@@ -51,9 +51,13 @@ def trace(
 ) -> list[tuple[str, Link]]:
     """The blocks that ran, in the order of their first call, with their links; raises InputRefused when none did.
 
-    `root` is the model: its linear layers that run after the blocks are then not computed.
+    `root` is the model: its linear layers that run after the blocks are then not computed, unless what follows fails
+    without them.
     """
-    seen = _watch(run, blocks, root)
+    try:
+        seen = _watch(run, blocks, root)
+    except Exception:  # such as that of an activation which writes into what a layer gave
+        seen = _watch(run, blocks, None)
     if not seen:
         raise InputRefused("DT303", "calibration samples must reach the chosen layers (none of them ran)",
                            detail=[f"not run: {name or 'the model'}" for name in blocks])  # fmt: skip

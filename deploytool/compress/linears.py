@@ -41,7 +41,7 @@ def _alike(source: Source, changed: Source) -> bool:
         wanted = source.flat(*(tensor.clone() for tensor in inputs))
         try:
             given = changed.flat(*(tensor.clone() for tensor in inputs))
-        except (RuntimeError, AttributeError, TypeError, ValueError):
+        except Exception:  # whatever a foreign model raises where a layer of its own is missing
             return False
     return all(_near(a, b) for a, b in zip(given, wanted, strict=True))
 

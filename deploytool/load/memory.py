@@ -52,7 +52,8 @@ def drop_pages(tensors: Iterable[Tensor]) -> None:
 def on_disk(tensor: Tensor) -> Tensor:
     """The same values in a file of their own, without a name, of which memory holds what is looked at.
 
-    The tensor itself where it is small, where it does not lie in the processor's memory, or where the disk is full.
+    The tensor itself where it is small, where it does not lie in the processor's memory, where the disk is full, or
+    where no more files can be mapped.
     """
     if not _LINUX or tensor.nbytes < _LEAST or tensor.device.type != "cpu":
         return tensor
@@ -61,7 +62,7 @@ def on_disk(tensor: Tensor) -> Tensor:
             tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
             file.flush()
             found = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
-    except OSError:
+    except (OSError, RuntimeError):  # PyTorch raises the latter where a file cannot be mapped
         return tensor
     return found.view(tensor.shape)
 

@@ -160,6 +160,19 @@ def test_chained_blocks_are_not_reached_through_the_model_again(tiny: Source) ->
         assert [link.before is not None for _, link in order] == linked
 
 
+def test_heads_that_are_written_into_are_computed(tiny: Source) -> None:
+    """Layers behind the blocks are left out where they can be; where what follows needs them the walk must go on."""
+
+    class Writes(_Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mul_(2)
+
+    source = _source(tiny, Writes())
+    walked = [block.name for block in walk_blocks(source, ["layers.0.q", "layers.1.q"], list(source.samples()))]
+    assert walked == ["layers.0", "layers.1"]
+    assert "forward" not in source.module.head.__dict__  # type: ignore[union-attr]
+
+
 def test_a_chain_that_does_not_give_the_models_outputs_is_not_used(tiny: Source) -> None:
     """Blocks that pass something on in a shared object must be fed by runs of the whole model."""
 
