@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,15 @@ def test_samples_that_do_not_reach_a_layer_have_no_rows(tmp_path: Path) -> None:
     skipping.module.down = _Skipped(skipping.module.down)
     weighing = weigh_errors(skipping, ["down.layer"], list(source.samples()))["down.layer"]
     assert [len(r) for r in weighing.rows] == [8, 12, 16, 0]
+
+
+def test_samples_that_do_not_reach_the_block_are_refused(tmp_path: Path) -> None:
+    """A block that ran on fewer samples than were weighed must not get the weights of others."""
+    source = _source(tmp_path)
+    calls: list[Any] = [((), dict(s)) for s in source.samples()]
+    block = Block("net", source.module, {"down": source.module.down}, calls[1:])
+    with pytest.raises(UsageProblem, match="each sample reaches net once"):
+        read(block, block, {"down": []}, whole=True, weighing={"down": _weighing(source)})
 
 
 class _Skipped(nn.Module):

@@ -21,6 +21,7 @@ from deploytool.compress.calls import Call, Reached, leaves, replay
 from deploytool.compress.matrices import geometry, gram, matrix, output_rows, rows
 from deploytool.compress.prune.refit import Reading
 from deploytool.compress.prune.weighing import Weighing
+from deploytool.errors import UsageProblem
 
 _PARTS = 4  # one of so many calls is held out
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -71,7 +72,12 @@ def read(
     whole      of one layer: aim at the sum that its output is added to, where there is one, and not at the output alone
     left       the outputs [out] of a layer that other removals have left, where these are not all
     weighing   how much errors matter, by layer, where not alike
+
+    Raises UsageProblem where errors are weighed, and a sample reaches the block not at all or more than once.
     """
+    if any(len(weighing[name].rows) != len(now.calls) for name in layers if name in weighing):
+        raise UsageProblem("DT204", f"errors can be weighed by outputs only where each sample reaches {now.name} once "
+                           f"(got {len(now.calls)} calls)", fix='set weigh = "alike"')  # fmt: skip
     weights = {name: _with_bias(before.layers[name]) for name in layers}
     weights = {name: weight[left[name]] if name in left else weight for name, weight in weights.items()}
     total, held = ({name: _Sums.zero(weight) for name, weight in weights.items()} for _ in range(2))
