@@ -126,7 +126,10 @@ def wrong_buckets(buckets: Sequence[Bucket], variants: Sequence[Variant]) -> lis
     wrong += [f"{v.target!r} was built for a device that is not here" for v in used if not v.executes]
     if any(v.signature != used[0].signature for v in used):
         wrong.append("the variants must have the same inputs and outputs")
-    free = {d for v in used for spec in v.signature["inputs"] for d in spec["shape"] if isinstance(d, str)}
+    try:
+        free = {d for v in used for spec in v.signature["inputs"] for d in spec["shape"] if isinstance(d, str)}
+    except (KeyError, TypeError):
+        return [*wrong, "the variants must have inputs with shapes"]
     wrong += [f"{dim!r} is no free dimension; {nearest(dim, free)}" for b in buckets for dim in b.sizes
               if dim not in free]  # fmt: skip
     if any(b.sizes.keys() != buckets[0].sizes.keys() for b in buckets):

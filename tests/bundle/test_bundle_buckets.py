@@ -112,6 +112,17 @@ def test_a_table_that_does_not_fit(table: list[tuple[dict[str, int], str]], said
     assert said in " ".join(refused.value.detail)
 
 
+@pytest.mark.parametrize("signature", [{}, {"inputs": [7]}, {"inputs": 7}])
+def test_a_table_over_inputs_without_shapes_is_refused(signature: dict[str, Any], tmp_path: Path) -> None:
+    """A manifest is a stranger's: what it says of a variant's inputs may be anything."""
+    manifest: Any = json.loads(pack([make(tmp_path / "a", "small")], tmp_path / "b", name="t", version="1").to_bytes())
+    manifest["buckets"] = [{"sizes": {"batch": 1}, "target": "small"}]
+    manifest["variants"][0]["signature"] = signature
+    with pytest.raises(InputRefused) as refused:
+        read_manifest(json.dumps(manifest).encode(), "x")
+    assert "inputs with shapes" in " ".join(refused.value.detail)
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`package --bucket` writes the table, smallest first; packed again it stays, and verify and self-test pass."""
     make(tmp_path / "a", "small"), make(tmp_path / "b", "large")
