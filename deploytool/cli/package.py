@@ -71,14 +71,16 @@ def command(
 
 
 def _table(paths: tuple[Path, ...]) -> list[Bucket]:
-    """The table of the bundle that is packed again; of several things none is known."""
+    """The table of the bundle that is packed again; of several things none is known, and that is said."""
     from deploytool.bundle.manifest import MANIFEST
     from deploytool.bundle.verify import verify_bundle
 
-    path = paths[0]
-    if len(paths) > 1 or not (path.is_file() or (path / MANIFEST).is_file()):
-        return []
-    return list(verify_bundle(path).buckets or ())
+    tables = {p: verify_bundle(p).buckets or () for p in paths if p.is_file() or (p / MANIFEST).is_file()}
+    if len(paths) == 1:
+        return [bucket for table in tables.values() for bucket in table]
+    for path in [path for path, table in tables.items() if table]:
+        click.echo(f"{path}: its table of buckets is left out; name buckets by --bucket", err=True)
+    return []
 
 
 def _packable(path: Path, found: dict[str, Artifact]) -> list[Artifact]:

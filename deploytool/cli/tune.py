@@ -29,6 +29,15 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         return seconds
 
 
+def _refuse_unpackable(objective: str, sizes: tuple[dict[str, int], ...]) -> None:
+    """Before any work is done: what --pack cannot make a table of."""
+    if objective not in ("latency", "energy") or len({tuple(sorted(s)) for s in sizes}) != 1:
+        raise UsageProblem("DT201", "--pack must stand with the objective latency or energy, and with --at sizes of "
+                           f"the same dimensions (got {objective}, {len(sizes)} sizes)")  # fmt: skip
+    if len({tuple(sorted(s.items())) for s in sizes}) < len(sizes):
+        raise UsageProblem("DT201", "--pack must stand with --at sizes that differ (got the same ones twice)")
+
+
 @click.command("tune")
 @click.argument("model", required=False)
 @click.option("-t", "--target", "targets", multiple=True, help="A target to search over; repeat it, or `all`.")
@@ -72,9 +81,8 @@ def command(
 
     if address is not None and engine != "ray":
         raise UsageProblem("DT201", "--address must stand with --engine ray (got none)")
-    if pack and (objective not in ("latency", "energy") or len({tuple(sorted(s)) for s in sizes}) != 1):
-        raise UsageProblem("DT201", "--pack must stand with the objective latency or energy, and with --at sizes of "
-                           f"the same dimensions (got {objective}, {len(sizes)} sizes)")  # fmt: skip
+    if pack:
+        _refuse_unpackable(objective, sizes)
     if engine == "ray":
         import_ray(address)  # before any work is done
     say = options.say(quiet and not dry_run)  # the plan is all that a dry run is for

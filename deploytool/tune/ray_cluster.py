@@ -143,8 +143,13 @@ class Cluster:
         return list(self._pool.map(function, items))
 
     def clear(self) -> None:
-        """End every process that was opened for timing."""
-        self._ray.get([member.do.remote("clear", {}) for member in self._members.values()])
+        """End every process that was opened for timing; a member that has died meanwhile is replaced."""
+
+        def cleared(_: int) -> None:
+            with contextlib.suppress(BackendFailed):
+                self.run("clear")
+
+        self.map(cleared, range(len(self._members)))  # all are free, and each waits once behind the others
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
@@ -184,12 +189,17 @@ class Cluster:
         return f"it is another kind of machine: {'; '.join(other)}"[:300] if other else ""
 
     def _replace(self, name: str) -> None:
-        """A new member where one died; without one the node is out."""
-        del self._members[name]
+        """A new member where one died; without one the node is out.
+
+        Until that is known the node counts as there: whoever waits for a free one must not give up.
+        """
+        self._ray.kill(self._members[name])  # one that only could not be reached would hold the node
         found = self._joined([node for node in self._nodes() if node["NodeID"].startswith(name)])
-        self._members |= found
-        for replaced in found.items():
-            self._free.put(replaced)
+        if name in found:
+            self._members[name] = found[name]
+            self._free.put((name, found[name]))
+        else:
+            del self._members[name]
 
 
 def _knock(address: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,12 +111,15 @@ def tune(
         reference = models.reference(None, any(map(takes_graph, plan.targets)))
         cases = [resized_case(reference.signature, reference.cases, sizes, out / "cases") if sizes
                  else reference.cases[0] for sizes in plan.sizes]  # fmt: skip
-        terms = Terms(out, tuple(cases), options.limits, options.seed, options.quality, question.objective == "energy")
-        with start(terms) as stations:
-            shop = Workshop(models, out, stations, store, options.seed, say)
-            search = Search(shop, stations, store, question, cases, say)
-            chosen = search.run(bases(plan.targets, plan.recipes))
-            best = best_per_bucket(search, chosen) if question.pack else []
+        # Ours to remove: a station on another machine may be ended from outside.
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=out, ignore_cleanup_errors=True) as work:
+            terms = Terms(Path(work), tuple(cases), options.limits, options.seed, options.quality,
+                          question.objective == "energy")  # fmt: skip
+            with start(terms) as stations:
+                shop = Workshop(models, out, stations, store, options.seed, say)
+                search = Search(shop, stations, store, question, cases, say)
+                chosen = search.run(bases(plan.targets, plan.recipes))
+                best = best_per_bucket(search, chosen) if question.pack else []
         return _finish(plan, question, options, search, chosen, best, models, cases[0], say)
 
 

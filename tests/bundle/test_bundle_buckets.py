@@ -135,5 +135,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert table and [b.target for b in table] == ["small", "large"]
     with open_buckets(Path(again)) as runner:
         assert runner.run(feeds(4))["logits"].shape == (4, 3)
+    make(tmp_path / "c", "third")
+    assert run(["package", again, str(tmp_path / "c"), "-o", str(tmp_path / "z")]) == 0
+    assert f"{again}: its table of buckets is left out" in capsys.readouterr().err
+    assert read_manifest((tmp_path / "z" / MANIFEST).read_bytes(), "z").buckets is None
     for wrong in ("batch=4", "batch=0:large", ":large"):
         assert run(["package", *parts, "-o", out, "--overwrite", "--bucket", wrong]) == 2

@@ -92,8 +92,10 @@ def test_the_command_packs_them(
     assert len(load_recipe(out / "deploytool.toml").targets) == 2
 
 
-@pytest.mark.parametrize("asked", [[], ["--at", "batch=1", "--objective", "size"]])
+@pytest.mark.parametrize(
+    "asked", [[], ["--at", "batch=1", "--objective", "size"], ["--at", "batch=1", "--at", "batch=1"]]
+)
 def test_packing_needs_sizes(asked: list[str], model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without sizes, or where no time is measured, there is nothing to pack by."""
+    """Without sizes, where no time is measured, or with one size twice there is nothing to pack by."""
     assert run(["tune", model, "-t", "ort", "--pack", *asked]) == 2
     assert "--pack must stand with" in capsys.readouterr().err

@@ -158,6 +158,10 @@ def test_a_killed_worker_costs_a_trial(address: str, terms: Terms) -> None:
         (terms.folder / "deadly-once").touch()
         entrant = Entrant("e", Planted(terms.folder, {}).product(chosen.config).artifact, {})
         assert engine.run("round", members=[entrant], seed=[1])["ms"]["e"]
+        for member in list(engine._members.values()):
+            engine._ray.kill(member)
+        engine.clear()
+        assert len(engine._members) == engine.width == 2
     figures = found.figures(found.trials["torchscript"])
     assert figures["status"] == "refused" and "it died" in str(figures["reason"])
     assert chosen.config.profile.name == "ort-int8"
@@ -195,6 +199,7 @@ def test_the_command_on_two_nodes(address: str, model: str, tmp_path: Path, caps
     assert [f["chosen"]["name"] for f in found] == [found[0]["chosen"]["name"]] * 3
     assert [f["configurations"] for f in found] == [found[0]["configurations"]] * 3
     assert found[2]["rows"] == found[0]["rows"]
+    assert not list(tmp_path.glob("*/.work-*"))
 
 
 def test_the_nodes_are_let_go(address: str, terms: Terms) -> None:
