@@ -17,9 +17,8 @@ class Meter:
     """
 
     def __init__(self, root: Path = _POWERCAP):
-        self._zones = sorted(path for path in root.glob("*:*") if path.name.count(":") == 1)
-        self._zones = [zone for zone in self._zones if (zone / "energy_uj").exists()]
-        self._wraps = [int((zone / "max_energy_range_uj").read_text()) for zone in self._zones]
+        self._zones = _packages(root)
+        self._wraps = [int(_text(zone / "max_energy_range_uj")) for zone in self._zones]
         if not self._zones:
             raise EnvironmentLacking("DT402", "energy counters must be readable (the kernel shows no RAPL zone here)",
                                      fix="measure on a machine with RAPL, outside of virtual machines")  # fmt: skip
@@ -41,8 +40,19 @@ class Meter:
         return used / 1e6
 
     def _read(self) -> list[int]:
-        try:
-            return [int((zone / "energy_uj").read_text()) for zone in self._zones]
-        except OSError as error:
-            raise EnvironmentLacking("DT402", f"energy counters must be readable (got: {error.strerror})",
-                                     fix="run as root, or allow reading energy_uj") from error  # fmt: skip
+        return [int(_text(zone / "energy_uj")) for zone in self._zones]
+
+
+def _packages(root: Path) -> list[Path]:
+    """One zone for each package: two drivers may show the same one, and the whole platform has a zone of its own."""
+    zones = [path for path in sorted(root.glob("*:*")) if path.name.count(":") == 1]
+    named = {_text(zone / "name").strip(): zone for zone in zones if (zone / "energy_uj").exists()}
+    return [zone for name, zone in sorted(named.items()) if name.startswith("package")]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise EnvironmentLacking("DT402", f"energy counters must be readable (got: {error.strerror})",
+                                 fix="run as root, or allow reading energy_uj") from error  # fmt: skip

@@ -98,6 +98,7 @@ def test_energy_is_told_where_it_can_be_read(
     zone.mkdir(parents=True)
     for name in ("energy_uj", "max_energy_range_uj"):
         (zone / name).write_text("1000000")
+    (zone / "name").write_text("package-0")
     monkeypatch.setattr(Meter, "lap", lambda self: 2.0)
     seen = compare(one, {"other": other}, case, **how)
     assert seen["environment"]["energy"] == "RAPL"

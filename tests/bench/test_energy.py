@@ -10,9 +10,10 @@ from deploytool.bench.energy import Meter
 from deploytool.errors import EnvironmentLacking
 
 
-def zone(root: Path, name: str, microjoules: int, wrap: int = 1_000_000) -> Path:
-    folder = root / name
+def zone(root: Path, place: str, microjoules: int, name: str = "", wrap: int = 1_000_000) -> Path:
+    folder = root / place
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "name").write_text(f"{name or 'package-' + place[-1]}\n")
     (folder / "energy_uj").write_text(f"{microjoules}\n")
     (folder / "max_energy_range_uj").write_text(f"{wrap}\n")
     return folder
@@ -29,6 +30,17 @@ def test_joules_of_all_packages(tmp_path: Path) -> None:
     zone(tmp_path, "intel-rapl:0:0", 900)
     assert meter.lap() == pytest.approx(0.5)
     assert meter.lap() == 0
+
+
+def test_a_package_counts_once(tmp_path: Path) -> None:
+    """What a second driver shows of the same package, and the platform that holds it, must not be added."""
+    places = {"intel-rapl:0": "package-0", "intel-rapl:1": "psys", "intel-rapl-mmio:0": "package-0"}
+    for place, name in places.items():
+        zone(tmp_path, place, 0, name)
+    meter = Meter(tmp_path)
+    for place, name in places.items():
+        zone(tmp_path, place, 200_000, name)
+    assert meter.lap() == pytest.approx(0.2)
 
 
 def test_without_counters(tmp_path: Path) -> None:
