@@ -83,8 +83,10 @@ def load_target(name: str) -> Target:
     """The profile of a shipped name, or of a TOML file when `name` holds a slash or a suffix."""
     path = shipped.find("targets", name, ".toml")
     if path is None:
+        built = [known for known in target_names() if load_target(known).backend == name.lower()]
         raise UsageProblem("DT201", f"the target must be a shipped name or a profile's path (got {name!r})",
-                           detail=[nearest(name, target_names())],
+                           detail=[f"targets of the backend {name.lower()!r}: {', '.join(built)}" if built
+                                   else nearest(name, target_names())],
                            fix="`deploytool targets list` shows them")  # fmt: skip
     return load_profile(path)
 

@@ -268,7 +268,10 @@ def _beside_grids(request: Request, built: Built) -> tuple[Target, dict[str, Any
 
 
 def _importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # an import hook that refuses it; a module without a spec in its place
+        return False
 
 
 def nvidia_driver() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,16 @@ def test_an_unknown_backend_is_told() -> None:
     with pytest.raises(UsageProblem) as caught:
         find_backend("onxruntime")
     assert "'onnxruntime'" in str(caught.value)
+
+
+@pytest.mark.parametrize("refusal", [ModuleNotFoundError("no"), ValueError("openvino.__spec__ is None"), None])
+def test_a_package_that_can_not_be_found_is_missing(refusal: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that the import system does not find must be said to be missing, in whatever way that says so."""
+
+    def find_spec(name: str) -> None:
+        if refusal is not None:
+            raise refusal
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    probe = find_backend("openvino").probe(load_checked_target("openvino"))
+    assert not probe.available and "openvino" in probe.reason and probe.fix == "pip install 'deploytool[openvino]'"
