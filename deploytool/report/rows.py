@@ -9,6 +9,7 @@ from typing import Any
 from deploytool.results import Verdict
 
 _NONE = "-"
+_TELLING = 100.0  # an interval whose ends lie further apart than this factor tells nothing
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,15 @@ def _scaled(value: float | None, unit: float, form: str) -> str:
 
 
 def speedup_text(speed: Mapping[str, Any]) -> str:
-    """The ratio with its 95 % interval in brackets; without one, in words, the lowest and highest of the blocks."""
+    """The ratio with its 95 % interval in brackets; in words the lowest and highest of the blocks where there is none.
+
+    So too where one block of a few was disturbed and the interval reaches over orders of magnitude.
+    """
     if speed.get("speedup") is None:
         return _NONE
     ratio = f"{speed['speedup']:.2f}x"
-    if interval := speed.get("speedup_ci"):
+    interval = speed.get("speedup_ci")
+    if interval and (interval[1] <= _TELLING * interval[0] or not speed.get("speedup_range")):
         return f"{ratio} [{interval[0]:.2f}, {interval[1]:.2f}]"
     seen = speed.get("speedup_range")
     return ratio + (f", blocks {seen[0]:.2f} to {seen[1]:.2f}" if seen else "")

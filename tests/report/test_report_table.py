@@ -60,6 +60,16 @@ def test_a_range_of_blocks_is_no_interval() -> None:
         assert "1.62x, blocks 1.55 to 1.70" in text and "[1.55" not in text
 
 
+def test_an_interval_that_tells_nothing_is_not_shown() -> None:
+    """An interval over orders of magnitude must give way to the range of the blocks, one over a factor of 50 not."""
+    report = copy.deepcopy(REPORT)
+    speed = report["targets"][0]["speed"]
+    speed |= {"speedup_ci": [2.8e-05, 30725.6], "speedup_range": [0.43, 1.14], "verdict": "undecided"}
+    assert "1.62x, blocks 0.43 to 1.14" in export_table(report) and "30725" not in export_table(report)
+    speed["speedup_ci"] = [0.2, 10.0]
+    assert "1.62x [0.20, 10.00]" in export_table(report)
+
+
 def test_an_undecided_speed_says_why() -> None:
     """The notes of the timing must stand below the table where they left the verdict open, and only there."""
     report = copy.deepcopy(REPORT)
