@@ -61,7 +61,8 @@ def test_every_command_has_help_and_documentation(name: str) -> None:
 
 def test_an_option_means_the_same_in_every_command() -> None:
     """Options in common must have one help text and one short form, wherever they stand."""
-    common = {"--overwrite", "--json", "--dry-run", "--quiet", "--timeout", "--memory-limit", "--seed", "--offline"}
+    common = {"--overwrite", "--json", "--dry-run", "--quiet", "--verbose", "--timeout", "--memory-limit", "--seed",
+              "--offline"}  # fmt: skip
     told: dict[str, set[tuple[str, ...]]] = {}
     for name, command in ALL.items():
         for option in _options(command):
@@ -102,6 +103,7 @@ def test_each_class_of_error_has_its_exit_code(
         (["export", "--no-such-option"], 2, "No such option"),
         (["export", "digits"], 2, "at least one target must be named"),
         (["export", "digits", "--target", "opnvino"], 2, "did you mean 'openvino'?"),
+        (["export", "digits", "--target", "TensorRT"], 2, "targets of the backend 'tensorrt': trt"),
         (["export", "digts", "--target", "ort"], 3, "did you mean 'digits'?"),
         (["export", "weights.pt", "--target", "ort"], 3, "can run code"),
         (["export", "digits", "--target", "ort", "-o", "full"], 2, "must not exist yet"),
@@ -184,6 +186,21 @@ def test_a_quiet_dry_run_still_tells_its_plan(
     told = capsys.readouterr().err.splitlines()
     assert told[0].split() == ["plan"] and not any("{" in line for line in told)
     assert any(line.startswith("model ") and "digits (python: " in line for line in told)
+
+
+def test_verbose_progress_has_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With -v every line of progress must begin with the seconds since the start; with -q there must be none."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["export", "digits", "--target", "ort", "--dry-run", "-v"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(re.match(r"\[ *\d+\.\d s] \S", line) for line in lines)
+    for option in ("-v", "-qv"):  # a model file that is refused only when it is run
+        Path("m.py").write_text("def build(): pass\n")
+        assert run(["export", "m.py", "--target", "ort", option]) == 3
+        first, *_ = capsys.readouterr().err.splitlines()
+        assert first.startswith("[ " if option == "-v" else "error[DT302]")
 
 
 def test_a_profile_is_shown_key_by_key(capsys: pytest.CaptureFixture[str]) -> None:

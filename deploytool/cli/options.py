@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +19,11 @@ from deploytool.worker import Limits
 F = TypeVar("F", bound=Callable[..., Any])
 PROJECT_FILE = "deploytool.toml"
 DEMO_MODEL = "digits"
+_VERBOSE = "deploytool.verbose"  # in the context of a command
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print what would be done, and stop.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 seed_option = click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                            help="Seed of everything random.")  # fmt: skip
 
@@ -130,9 +131,31 @@ def limits_options(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def quiet_option(function: F) -> F:
+    """-q, which the command gets as `quiet`, and -v, which `say` alone looks at."""
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose,
+                           help="Progress with the seconds since the start.")  # fmt: skip
+    return click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")(verbose(function))
+
+
+def _remember_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.meta[_VERBOSE] = value
+
+
 def say(quiet: bool) -> Callable[[str], None]:
-    """Where progress goes: stderr, or nowhere."""
-    return (lambda line: None) if quiet else (lambda line: click.echo(line, err=True))
+    """Where progress goes: nowhere when quiet, else stderr, with -v each line after its time."""
+    context = click.get_current_context(silent=True)
+    if quiet:
+        return lambda text: None
+    if context is None or not context.meta.get(_VERBOSE):
+        return lambda text: click.echo(text, err=True)
+    started = time.perf_counter()
+
+    def timed(text: str) -> None:
+        for line in text.splitlines():
+            click.echo(f"[{time.perf_counter() - started:7.1f} s] {line}", err=True)
+
+    return timed
 
 
 def print_json(data: Any) -> None:
