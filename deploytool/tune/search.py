@@ -100,12 +100,22 @@ class Search:
             trials = [Trial(config) for config in waiting[:count]]
             waiting = waiting[count:]
             self.trials |= {trial.config.name: trial for trial in trials}
+            for trial in trials:  # here, and not beside each other: who interrupts the search ends what it works at
+                self._ready(trial)
             self.engine.map(self._make, trials)
             for trial, rounds in zip(trials, self.engine.map(self._race, trials), strict=True):
                 self.rounds += rounds
                 self._value(trial)
 
+    def _ready(self, trial: Trial) -> None:
+        try:
+            self.shop.ready(trial.config)
+        except DeployError as error:
+            self._refuse(trial, error)
+
     def _make(self, trial: Trial) -> None:
+        if trial.reason is not None:
+            return
         try:
             trial.product = self.shop.product(trial.config)
         except Nowhere:

@@ -48,6 +48,10 @@ class Workshop:
         self._seed = seed
         self._say = say
 
+    def ready(self, config: Config) -> None:
+        """Prepare the model that the configuration is built from; raises what that may raise."""
+        self._reference(config)
+
     def product(self, config: Config) -> Product:
         """The configuration, built and compared with the reference; raises what a build may raise."""
         about = self._build_key(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,8 +67,16 @@ class Planted:
         self.evaluated: list[str] = []
         self.fails: dict[str, Exception] = {}
         self.times: Callable[[Config, int], float] = milliseconds
+        self.readied: list[str] = []
+
+    def ready(self, config: Config) -> None:
+        assert threading.current_thread() is threading.main_thread(), "its child would outlive an interruption"
+        self.readied.append(config.name)
+        if (name := f"model of {config.profile.name}") in self.fails:
+            raise self.fails[name]
 
     def product(self, config: Config) -> Product:
+        assert config.name in self.readied
         build = " ".join([config.profile.name, *(f"{k}={v}" for k, v in config.changes if k.startswith("build."))])
         if build in self.fails:
             raise self.fails[build]

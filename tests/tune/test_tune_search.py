@@ -83,7 +83,9 @@ def test_nothing_keeps_the_quality(ask: Ask) -> None:
 
 def test_a_failing_build_is_no_end(ask: Ask) -> None:
     """What cannot be built is told with its reason, and the rest is searched."""
-    search, chosen, _ = ask(fails={"ort-int8": BackendFailed("DT504", "it must build")})
+    search, chosen, _ = ask(fails={"ort-int8": BackendFailed("DT504", "it must build"),
+                                   "model of openvino": BackendFailed("DT504", "it must be prepared")})  # fmt: skip
+    assert search.trials["openvino"].reason == "it must be prepared"
     assert chosen.config.profile.name != "ort-int8"
     assert search.figures(search.trials["ort-int8"])["status"] == "refused"
     assert search.trials["ort-int8"].reason == "it must build"
