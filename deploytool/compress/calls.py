@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deploytool.load.flat import no_fast_path
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -20,19 +22,8 @@ class Reached(Exception):
 @contextmanager
 def plain_forward() -> Iterator[None]:
     """No gradients, and every submodule is called."""
-    with every_submodule(), torch.no_grad():
+    with no_fast_path(), torch.no_grad():
         yield
-
-
-@contextmanager
-def every_submodule() -> Iterator[None]:
-    """Every submodule is called, in all threads: the fused path of nn.TransformerEncoderLayer would skip them."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def record_calls(run: Callable[[], object], module: nn.Module, *, first_only: bool) -> list[Call]:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.calls import Call, every_submodule, leaves, plain_forward, refill
+from deploytool.compress.calls import Call, leaves, plain_forward, refill
+from deploytool.load.flat import no_fast_path
 from deploytool.load.memory import share_arena
 
 
@@ -92,7 +93,7 @@ class Paused:
 
     def __enter__(self) -> Paused:
         with ExitStack() as stack:
-            stack.enter_context(every_submodule())  # from the first call's start to the last one's end
+            stack.enter_context(no_fast_path())  # from the first call's start to the last one's end
             for name, layer in self._layers.items():
                 hook = layer.register_forward_pre_hook(lambda m, args, n=name: self._stand(n, args[0]))
                 stack.callback(hook.remove)

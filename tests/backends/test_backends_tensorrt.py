@@ -59,7 +59,7 @@ def test_sizes_hold_calibration_and_parity(trained: Path, tmp_path: Path) -> Non
     ref = asdict(ModelRef("python", "trained", str(TINY / "trained.py")))
     built = build_job(load_checked_target("trt").to_json(), str(trained), ref, "f" * 64, str(tmp_path), 0)
     assert built["settings"]["profile"] == {"batch": {"min": 1, "opt": 2, "max": 5}}
-    assert "--minShapes=input:1x24 --optShapes=input:2x24 --maxShapes=input:16x24" in built["settings"]["rebuild"]
+    assert "--minShapes=input:1x24 --optShapes=input:2x24 --maxShapes=input:5x24" in built["settings"]["rebuild"]
 
 
 def test_a_profile_that_leaves_a_case_outside_is_refused(trained: Path, tmp_path: Path) -> None:
