@@ -181,12 +181,12 @@ def walk_blocks(source: Source, layers: Iterable[str], samples: Sequence[Sample]
     given: list[Any] | None = None
     for name, link in order:
         if not follow(module, link, calls, given):
-            calls = []  # what is held is dropped before the new is made
+            calls, given = [], None  # what is held is dropped before the new is made
             calls = _calls_of(runs, module.get_submodule(name), first_only=link.once)
         held = {layer: module.get_submodule(layer) for layer in wanted[name]}
         block = Block(name, module.get_submodule(name), held, calls)
         yield block
-        given = block.given
+        given, block.given = block.given, None
 
 
 def find_blocks(module: nn.Module) -> list[str]:

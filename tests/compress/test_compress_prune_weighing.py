@@ -116,6 +116,8 @@ def test_only_the_named_outputs_count(tmp_path: Path) -> None:
     assert "first" in refused.value.detail[0]
     with pytest.raises(ValueError, match="output must be left out"):
         Structured(step="structured", remove=0.5, output=("first",))
+    with pytest.raises(ValueError, match="where nothing is fitted"):
+        Structured(step="structured", remove=0.5, weigh="outputs", importance="magnitude", reconstruct=False)
 
 
 def test_two_runs_are_bit_identical_and_leave_the_model_alone(tmp_path: Path) -> None:

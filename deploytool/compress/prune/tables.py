@@ -122,7 +122,7 @@ class Structured(StepTable):
     importance         "reconstruction": the least loss once the rest has made good for it; "activation": the strength
                        of what a unit adds; "magnitude": of its weights; "taylor": of its first-order effect on the loss
     weigh              errors of what layers give count "alike", or by how much the model's "outputs" change with them,
-                       which takes backward passes; of importance "reconstruction" and of reconstruct
+                       which takes backward passes; of importance "reconstruction" and of reconstruct, else refused
     output             names of the outputs that errors are weighed by; left out: all
     reconstruct        fit the layers that make and read the units to the uncompressed model's outputs, in closed form
     damping            weight of staying as it was, as a share of the mean square of the inputs; left out: what serves
@@ -147,6 +147,8 @@ class Structured(StepTable):
     def _weighed_by(self) -> Self:
         if self.output and self.weigh == "alike":
             raise ValueError('output must be left out where weigh is "alike"')
+        if self.weigh == "outputs" and self.importance != "reconstruction" and not self.reconstruct:
+            raise ValueError('weigh must be "alike" where nothing is fitted, by importance or by reconstruct')
         return self
 
 
