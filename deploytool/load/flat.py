@@ -96,8 +96,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
 def no_fast_path() -> Iterator[None]:
     """Keeps nn.TransformerEncoderLayer on its plain way, in all threads.
 
-    The other skips submodules, reads weights as tensors, which int8 ones are not, packs padded rows by the example's own
-    padding, and has no translation to ONNX.
+    The other skips submodules, reads weights as tensors, which int8 ones are not, packs padded rows by the example's
+    own padding, and has no translation to ONNX.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
