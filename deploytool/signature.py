@@ -41,6 +41,9 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    def __str__(self) -> str:
+        return " -> ".join(", ".join(map(str, specs)) or "nothing" for specs in (self.inputs, self.outputs))
+
     @property
     def free(self) -> tuple[str, ...]:
         """Names of the free input dimensions, in order of appearance."""

@@ -15,6 +15,11 @@ def feeds(ids: tuple[int, ...], mask: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {"ids": np.zeros(ids, np.int64), "mask": np.zeros(mask, np.int64)}
 
 
+def test_a_signature_reads_as_a_line() -> None:
+    """Messages must name inputs and outputs with type and shape, not Python's classes."""
+    assert str(SIGNATURE) == "ids: int64[2, time], mask: int64[2, time] -> nothing"
+
+
 def test_free_sizes_are_bound() -> None:
     """Feeds that fit must give the sizes of the free dimensions alone."""
     assert SIGNATURE.bind(feeds((2, 5), (2, 5))) == {"time": 5}
