@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.calls import Call, Reached, plain_forward, record_calls, replay, sharing_equal
+from deploytool.compress.calls import Call, Reached, leaves, plain_forward, record_calls, replay, sharing_equal
 from deploytool.compress.chain import follow, trace
 from deploytool.compress.matrices import Measure, geometry, gram, rows
 from deploytool.errors import InputRefused
@@ -70,13 +70,17 @@ class Block:
         """What the block gives for every call, as it is now."""
         return (replay(self.module, call) for call in self.calls)
 
+    def largest(self) -> Call:
+        """The call with the most elements, the first of several: what is long may be taken in parts."""
+        return max(self.calls, key=lambda call: sum(x.numel() for x in leaves(call) if isinstance(x, Tensor)))
+
     def stages(self) -> list[Stage]:
-        """The layers in the order in which the first call reads; those that it does not reach stand together last.
+        """The layers in the order in which the largest call reads; those that it does not reach stand together last.
 
         Whoever changes the layers of one stage before looking at the next sees what the changed ones give.
         """
         reads: dict[str, list[int]] = {}
-        for index, (names, _) in enumerate(_shared_rows(self.module, self.calls[0], self.layers)):
+        for index, (names, _) in enumerate(_shared_rows(self.module, self.largest(), self.layers)):
             for name in names:
                 reads.setdefault(name, []).append(index)
         alike: dict[tuple[int, ...], list[str]] = {}

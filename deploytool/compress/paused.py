@@ -42,6 +42,7 @@ class _Pass(threading.Thread):
         self.x: Tensor | None = None
         self.output: Any = None
         self.error: BaseException | None = None
+        self.ran: set[str] = set()
         self.stopped = self.over = False
         self.mine, self.drivers = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -80,6 +81,8 @@ class Paused:
 
     written  positions among a call's leaves of tensors that the module writes into
     low      products are computed in bfloat16, as `forward` says
+
+    `again` are layers that ran more than once in a call: what they read then nobody has seen.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Paused:
         self._layers, self._closed = layers, set(layers)
         self._running: _Pass | None = None
         self._stack = ExitStack()
+        self.again: set[str] = set()
 
     def __enter__(self) -> Paused:
         with ExitStack() as stack:
@@ -149,8 +153,14 @@ class Paused:
             self._running = None
 
     def _stand(self, name: str, x: Tensor) -> None:
-        if self._running is not None and name in self._closed:
-            self._running.wait_at(name, x)
+        one = self._running
+        if one is None:
+            return
+        if name in one.ran:
+            self.again.add(name)
+        one.ran.add(name)
+        if name in self._closed:
+            one.wait_at(name, x)
 
 
 def forward(module: nn.Module, call: Call, *, low: bool) -> Any:

@@ -24,6 +24,7 @@ from deploytool.compress.blocks import Block, Moments, Stage, Total, check_finit
 from deploytool.compress.calls import leaves
 from deploytool.compress.matrices import gram, matrix, rows
 from deploytool.compress.paused import Paused, forward, own
+from deploytool.errors import InputRefused
 from deploytool.load.memory import drop_pages, give_back, on_disk
 
 _MOST = 2**29  # bytes that all calls of a block together may hold where they wait
@@ -58,6 +59,7 @@ class Turns:
                 yield dict.fromkeys(stage.layers, total)
                 paused.release(stage.layers)
             block.given = list(paused.outputs())
+            _refuse_again(paused.again)
 
     def moments(self, before: Block, now: Block) -> Iterator[dict[str, Moments]]:
         """{layer: Moments} of every turn's layers, of two like blocks, as `paired_moments` has it."""
@@ -80,6 +82,7 @@ class Turns:
                 old.release(stage.layers)
                 new.release(stage.layers)
             before.given, now.given = list(old.outputs()), list(new.outputs())
+            _refuse_again(old.again | new.again)
 
     @property
     def precision(self) -> str:
@@ -107,7 +110,7 @@ class Turns:
             value = _product(x, x, low=self.low)
             made = Total(value if made is None else made.sum.add_(value), len(x) + (made.rows if made else 0))
         if made is None:
-            raise AssertionError("a stage is what the first call reads")
+            raise AssertionError("a stage is what the largest call reads")
         return made
 
     def _paired(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> Moments:
@@ -122,7 +125,7 @@ class Turns:
                 made.cross += cross
                 made.rows += len(x)
         if made is None:
-            raise AssertionError("a stage is what the first call reads")
+            raise AssertionError("a stage is what the largest call reads")
         return made
 
     def _may_wait(self, block: Block, stages: Sequence[Stage]) -> list[int] | None:
@@ -138,6 +141,14 @@ class Turns:
         if kind not in self._written:
             self._written[kind] = _prove(block, stages, low=self.low)
         return self._written[kind]
+
+
+def _refuse_again(names: set[str]) -> None:
+    """The largest call ran every layer once, and so must the others: a part of what is read would not count."""
+    if names:
+        raise InputRefused("DT303", "a layer must run once on every calibration sample, or several times on the largest"
+                           f" (got {min(names)}, several times on another one)",
+                           fix="exclude the layer, or leave out the samples")  # fmt: skip
 
 
 def _product(x0: Tensor, x: Tensor, *, low: bool) -> Tensor:
@@ -167,12 +178,14 @@ def _computes_bfloat16() -> bool:
 
 
 def _prove(block: Block, stages: Sequence[Stage], *, low: bool) -> list[int] | None:
-    call = own(block.calls[0], range(len(leaves(block.calls[0]))))
+    largest = block.largest()
+    other = block.calls[0 if block.calls[-1] is largest else -1]
+    call = own(largest, range(len(leaves(largest))))
     versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves(call)]
     expected = leaves(forward(block.module, call, low=low))
     written = [i for i, leaf in enumerate(leaves(call)) if isinstance(leaf, Tensor) and leaf._version != versions[i]]
     held = sum(_bytes(leaf) for leaf in leaves(call))
-    with Paused(block.module, [block.calls[0], block.calls[-1]], block.layers, written, low=low) as paused:
+    with Paused(block.module, [largest, other], block.layers, written, low=low) as paused:
         for stage in stages:
             held += sum(_bytes(x) for x in paused.reach(stage.layers)[:1])
             paused.release(stage.layers)

@@ -218,6 +218,37 @@ def test_calls_that_take_too_much_do_not_wait(
     assert block.given is None
 
 
+class _InParts(nn.Module):
+    """Takes what is long, or as `often` says, in parts of four rows."""
+
+    def __init__(self, often: Any = lambda x: len(x) > 4) -> None:
+        super().__init__()
+        self.a, self.b, self.often = nn.Linear(6, 6), nn.Linear(6, 6), often
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(4) if self.often(x) else (x,)
+        return x + self.b(torch.cat([torch.tanh(self.a(part)) for part in parts]))
+
+
+def _in_parts(*often: Any) -> Block:
+    module = _InParts(*often).requires_grad_(False)
+    calls: list[Any] = [((torch.randn(rows, 6),), {}) for rows in (3, 4, 12, 8)]
+    return Block("block", module, {"a": module.a, "b": module.b}, calls)
+
+
+def test_rows_of_layers_that_run_several_times_on_long_samples_all_count() -> None:
+    """That the first sample runs a layer once must not hide what the others give it."""
+    rows = {name: total.rows for totals in Turns().totals(_in_parts()) for name, total in totals.items()}
+    assert rows == {"a": 27, "b": 27}
+
+
+def test_layers_that_run_several_times_on_a_shorter_sample_are_refused() -> None:
+    """What nobody saw must not be left out in silence."""
+    with pytest.raises(InputRefused, match="got a, several times"):
+        list(Turns().totals(_in_parts(lambda x: len(x) == 8)))
+    assert not _waiting()
+
+
 def test_layers_of_one_kind_and_other_sizes_are_judged_apart(tiny: Source) -> None:
     """A head may be too wide to wait where a small layer of the same class was not."""
     source, turns = _chain(tiny), Turns()
