@@ -132,6 +132,7 @@ def test_many_stations_choose_the_same(ask: Ask) -> None:
     assert second.config == first.config and second.value == first.value
     assert [together.figures(t) for t in together.trials.values()] == [alone.figures(t) for t in alone.trials.values()]
     assert sorted(three.built) == sorted(one.built) and three.station.rounds == one.station.rounds
+    assert sorted(three.readied) == sorted(together.trials)
 
 
 def test_a_small_budget_is_kept(ask: Ask) -> None:
