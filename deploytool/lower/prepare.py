@@ -152,9 +152,8 @@ def _record_calibration(source: Source, folder: Path) -> None:
 
 
 def _first_rows(signature: Signature, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A training batch cut to a few rows, where all inputs share one free leading dimension."""
-    leading = {spec.shape[0] if spec.shape else None for spec in signature.inputs}
-    free = len(leading) == 1 and isinstance(leading.pop(), str)
+    """A training batch cut to a few rows, where all inputs begin with the free dimension `batch`."""
+    free = all(spec.shape[:1] == ("batch",) for spec in signature.inputs)
     return {name: batch[name][:_CALIBRATION_ROWS] if free else batch[name] for name in signature.input_names}
 
 
