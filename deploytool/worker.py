@@ -206,13 +206,16 @@ class Worker:
             raise self._failure("DT503", f"must stay under {limit / 1e6:.0f} MB (got {used / 1e6:.0f} MB)")
 
     def _cap_log(self) -> None:
-        if self.log.stat().st_size > _LOG_LIMIT_BYTES:
-            with self.log.open("r+b") as log:
-                log.seek(-_LOG_TAIL_BYTES, os.SEEK_END)
-                tail = log.read()
-                log.truncate(0)
-            with self.log.open("ab") as log:
-                log.write(b"[earlier output dropped]\n" + tail)
+        if self.log.stat().st_size <= _LOG_LIMIT_BYTES:
+            return
+        # The child goes on writing: what it appends while the end is moved to the front is moved as well, in order.
+        with self.log.open("r+b", buffering=0) as log:
+            source = os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES
+            end = os.pwrite(log.fileno(), b"[earlier output dropped]\n", 0)
+            while piece := os.pread(log.fileno(), _LOG_TAIL_BYTES, source):
+                source += len(piece)
+                end += os.pwrite(log.fileno(), piece, end)
+            log.truncate(end)
 
     def _raise_dead(self) -> NoReturn:
         try:

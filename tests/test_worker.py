@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -22,6 +24,8 @@ from deploytool.worker import Limits, Worker
 
 HERE = Path(__file__).parent
 CAP = 8_000_000
+
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
@@ -191,26 +195,43 @@ def test_peak_memory_is_recorded() -> None:
 
 def test_flood_of_output() -> None:
     """200 MB of output never make a log that is much larger than its limit, and the last words are kept."""
-    sizes: list[int] = []
     with Worker("test", Limits(seconds=120)) as child:
-        stop = threading.Event()
-
-        def look() -> None:
-            while not stop.wait(0.01):
-                sizes.append(child.log.stat().st_size)
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        try:
+        with looking(lambda: child.log.stat().st_size) as sizes:
             assert child.call("misbehaving:shout", megabytes=200) == 200
-        finally:
-            stop.set()
-            thread.join()
         child.call("misbehaving:echo", value=1)
         text = child.log.read_text()
         assert len(text) <= CAP and text.endswith("the last words\n")
     assert max(sizes) < 100_000_000
     assert logs() == []
+
+
+def test_log_is_cut_in_order() -> None:
+    """What a child says while its log is cut stands behind what it said before."""
+    with Worker("test", Limits(seconds=120)) as child:
+        with child.log.open("rb") as log, looking(lambda: os.pread(log.fileno(), 8, 0).split(b" ")[0]) as starts:
+            child.call("misbehaving:count", lines=300_000)
+        numbers = [int(line) for line in child.log.read_text().splitlines()[2:]]
+    assert set(starts) <= {b"", b"0", b"[earlier"} and b"[earlier" in starts
+    assert numbers == sorted(numbers) and numbers[-1] == 299_999
+
+
+@contextlib.contextmanager
+def looking(look: Callable[[], T]) -> Iterator[list[T]]:
+    """What a thread sees that looks all the while."""
+    seen: list[T] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            seen.append(look())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_kept_log_is_cut() -> None:
