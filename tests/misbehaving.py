@@ -96,7 +96,7 @@ def shout(megabytes: int) -> int:
     return megabytes
 
 
-def count(lines: int) -> None:
+def say_numbers(lines: int) -> None:
     for number in range(lines):
         os.write(2, b"%d" % number + b" " * 990 + b"\n")
 

@@ -209,7 +209,7 @@ def test_log_is_cut_in_order() -> None:
     """What a child says while its log is cut stands behind what it said before."""
     with Worker("test", Limits(seconds=120)) as child:
         with child.log.open("rb") as log, looking(lambda: os.pread(log.fileno(), 8, 0).split(b" ")[0]) as starts:
-            child.call("misbehaving:count", lines=300_000)
+            child.call("misbehaving:say_numbers", lines=300_000)
         numbers = [int(line) for line in child.log.read_text().splitlines()[2:]]
     assert set(starts) <= {b"", b"0", b"[earlier"} and b"[earlier" in starts
     assert numbers == sorted(numbers) and numbers[-1] == 299_999

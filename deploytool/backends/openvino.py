@@ -44,6 +44,9 @@ class OpenVino:
         precision = request.target.precision
         if precision not in ("fp32", "int8", "int4"):
             raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for OpenVINO on CPUs (got {precision})")
+        only_weights = precision == "int4" or (precision == "int8" and options.weights_only)
+        if options.activation_group is not None and not only_weights:
+            raise UsageProblem("DT202", f"activation_group is for int4, or int8 with weights_only (got {precision})")
         trained = "input_grids" in portable_of(request).settings
         if trained and precision == "int8" and options.scheme == "auto" and not options.weights_only:
             return _finished(*_learned(request), request, options)
@@ -51,7 +54,7 @@ class OpenVino:
         model = _imported(path)
         settings: dict[str, Any] = {}
         # NNCF imports torch and takes seconds: only builds that quantize need it.
-        if precision == "int4" or (precision == "int8" and options.weights_only):
+        if only_weights:
             from deploytool.backends.openvino_weights import compress_weights
 
             model, settings = compress_weights(model, request, options)

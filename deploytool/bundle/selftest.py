@@ -151,6 +151,9 @@ def replay(variant: Json, engine: Engine, path: str, buckets: list[Json]) -> Jso
     with np.load(path, allow_pickle=False) as file:
         feeds = {key[3:]: file[key] for key in file.files if key.startswith("in.")}
         recorded = {key[4:]: file[key] for key in file.files if key.startswith("out.")}
+    ranks = {spec["name"]: len(spec["shape"]) for spec in variant["signature"]["inputs"]}
+    if (recorded_ranks := {name: array.ndim for name, array in feeds.items()}) != ranks:
+        return {**case, "problems": [f"inputs must be of ranks {ranks} (recorded: {recorded_ranks})"]}
     if buckets:
         case["goes_to"] = pick(buckets, variant["signature"]["inputs"], feeds)
     started = time.perf_counter()

@@ -14,6 +14,7 @@ from openvino import opset13
 
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
 from deploytool.backends.openvino_weights import stored_bits, turn_weights, widest_group
+from deploytool.errors import UsageProblem
 
 
 @pytest.mark.parametrize("method", ["plain", "scale-estimation", "awq", "gptq"])
@@ -56,6 +57,15 @@ def test_activations_are_rounded_in_the_widest_groups(workshop: Workshop) -> Non
     with open_artifact(exact) as floating, open_artifact(widest) as rounded:
         apart = [float(np.abs(one.run(feeds)["hidden"] - reference).max()) for one in (floating, rounded)]
     assert apart[0] <= apart[1] < 0.1 * float(np.abs(reference).max())
+
+
+@pytest.mark.parametrize("target", ["openvino", "openvino-int8"])
+def test_rounding_of_activations_needs_weights_that_are_packed(workshop: Workshop, target: str) -> None:
+    """Where the option would do nothing it is refused."""
+    request = workshop.request("attention", load_checked_target(target), activation_group=32)
+    with pytest.raises(UsageProblem, match="weights_only") as caught:
+        build_artifact(request, {})
+    assert caught.value.code == "DT202"
 
 
 def test_widths_without_a_common_group_are_left_to_the_engine() -> None:

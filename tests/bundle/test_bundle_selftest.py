@@ -55,10 +55,10 @@ def run(bundle: Path, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def change_case(bundle: Path, **outputs: np.ndarray) -> None:
+def change_case(bundle: Path, inputs: dict[str, np.ndarray] | None = None, **outputs: np.ndarray) -> None:
     path = bundle / "variants/ort/golden/001.npz"
     case = Case.load(path)
-    Case(case.inputs, case.reference, {**case.outputs, **outputs}).save(path)
+    Case(case.inputs if inputs is None else inputs, case.reference, {**case.outputs, **outputs}).save(path)
     redo_all(bundle)
 
 
@@ -98,6 +98,18 @@ def test_every_kind_of_difference_is_seen(bundle: Path, defect: dict[str, np.nda
     """NaN, another shape, another type, another label and an output too many each fail."""
     change_case(bundle, **defect)
     assert run(bundle)[0] == 1
+
+
+@pytest.mark.parametrize("inputs", [{}, {"y": np.ones((2, 4), np.float32)}, {"x": np.ones(4, np.float32)}])
+def test_a_case_for_another_model_is_seen(bundle: Path, inputs: dict[str, np.ndarray]) -> None:
+    """Inputs that are missing, of another name or of another rank fail the case, also where a table picks by size."""
+    change_case(bundle, inputs=inputs)
+    manifest = json.loads((bundle / "deploytool.json").read_text())
+    for buckets in ([], [{"target": "ort", "sizes": {"batch": 2}}]):
+        (bundle / "deploytool.json").write_text(json.dumps(manifest | {"buckets": buckets}))
+        redo_all(bundle)
+        code, said = run(bundle)
+        assert code == 1 and "inputs must be of ranks" in said
 
 
 def test_scaled_output_is_seen(bundle: Path) -> None:
