@@ -2,9 +2,14 @@
 """What `deploytool tune` finds, and at what cost, against trying every configuration that it could have tried.
 
 The search runs in a fresh folder. Then every combination of the settings is built, checked and timed by `--exhaustive`
-in a copy of that folder, with four times as many rounds each. Prints JSON: seconds of both, the pick, the regret (how
-much longer the pick takes than the best of all, geometric mean over the buckets, both by the rounds of the second
-run), per bucket the regret against whatever is the best there, and the pick against the best unquantized artifact.
+in a copy of that folder, with four times as many rounds each, and its own best are timed against each other again.
+Last, the search's pick is timed against the pick of that and against every target as `export` makes it: at each size
+all of them interleaved, in fresh processes, since what looked best among many was lucky too.
+
+Prints JSON: seconds of both; `time` is the pick's time over that of each rival per size, with its 95 % interval;
+`regret` is how much longer it takes than the pick of all (geometric mean over the sizes), `worst_of_export` the same
+against the quickest target of `export` that keeps the quality, and `worst_cell_of_plain` the largest ratio to an fp32
+target at any size. What was measured in --work is not measured again.
 
     python scripts/bench/tune.py --model minilm --max-drop 0.5% --at batch=1,sequence=16 --at batch=1,sequence=64 \
         --at batch=1,sequence=128 --targets ort ort-int8 openvino openvino-int8 fbgemm torchscript --work /tmp/tuned
@@ -14,34 +19,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deploytool.artifact import Artifact
+from deploytool.bench.compare import compare
+from deploytool.storage import write_json
+from deploytool.worker import NO_LIMITS
+
+EVERY = "the pick of all"
+
 
 def main() -> None:
-    """Parse, measure both, print."""
+    """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--targets", nargs="+", default=["ort", "ort-int8", "openvino", "torchscript", "fbgemm"])
     parser.add_argument("--max-drop", default="0.5%")
     parser.add_argument("--budget", default="20m")
-    parser.add_argument("--at", action="append", default=[])
-    parser.add_argument("--work", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--at", action="append", required=True)
+    parser.add_argument("--seconds", type=float, default=120.0, help="for the last timing, at each size")
+    parser.add_argument("--work", type=Path, required=True, help="a folder of its own")
     given = parser.parse_args()
-    given.work.mkdir(parents=True)
+    given.work.mkdir(parents=True, exist_ok=True)
     search, every = given.work / "search", given.work / "every"
-    found, seconds = tune(given, search)
-    shutil.copytree(search, every)
-    whole, _ = tune(given, every, "--exhaustive")
-    print(json.dumps(summary(found, whole, seconds), indent=2))
+    found = once(given.work / "search.json", lambda: tune(given, search))
+    if not (given.work / "every.json").exists():
+        shutil.copytree(search, every)
+    whole = once(given.work / "every.json", lambda: tune(given, every, "--exhaustive"))
+    rivals = {EVERY: every / "chosen"} | exported(given, given.work / "export")
+    times = once(given.work / "times.json", lambda: timed(search, rivals, given.seconds))
+    print(json.dumps(summary(found, whole, times), indent=2))
 
 
-def tune(given: argparse.Namespace, out: Path, *more: str) -> tuple[dict[str, Any], float]:
-    """One run of the command; its document, and the seconds of the whole command."""
+def once(path: Path, measure: Callable[[], Any]) -> Any:
+    """What was measured, kept in a file."""
+    if not path.exists():
+        write_json(path, measure())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tune(given: argparse.Namespace, out: Path, *more: str) -> dict[str, Any]:
+    """One run of the command: its document, and the seconds of the whole command."""
     command = [sys.executable, "-m", "deploytool", "tune", given.model, "--max-drop", given.max_drop, "--budget",
                given.budget, "--bench-seconds", "0", "--json", "-o", str(out), *more]  # fmt: skip
     for target in given.targets:
@@ -50,27 +75,48 @@ def tune(given: argparse.Namespace, out: Path, *more: str) -> tuple[dict[str, An
         command += ["--at", sizes]
     started = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout), time.monotonic() - started
+    return {"document": json.loads(done.stdout), "seconds": time.monotonic() - started}
 
 
-def summary(found: dict[str, Any], whole: dict[str, Any], seconds: float) -> dict[str, Any]:
+def exported(given: argparse.Namespace, out: Path) -> dict[str, Path]:
+    """The targets as `export` makes them; those that it refuses are no rivals."""
+    if not out.exists():
+        command = [sys.executable, "-m", "deploytool", "export", given.model, "--no-bench", "-o", str(out)]
+        subprocess.run([*command, *(word for t in given.targets for word in ("--target", t))], stdout=sys.stderr)
+    return {target: out / target for target in given.targets if (out / target).is_dir()}
+
+
+def timed(search: Path, rivals: dict[str, Path], seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Per rival and size: the pick's time over the rival's, and its interval."""
+    pick = Artifact.load(search / "chosen")
+    others = {name: Artifact.load(folder) for name, folder in rivals.items()}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in others}
+    for case in sorted((search / "cases").glob("*.npz")):
+        result = compare(pick, others, case, limits=NO_LIMITS, budget_seconds=seconds, seed=0,
+                         report=lambda line: print(line, file=sys.stderr))  # fmt: skip
+        for name, figures in result["against"].items():
+            low, high = figures["speedup_ci"]
+            found[name][case.stem] = [1 / figures["speedup"], 1 / high, 1 / low]
+    return found
+
+
+def summary(found: dict[str, Any], whole: dict[str, Any], times: dict[str, Any]) -> dict[str, Any]:
     """The comparison. `every_seconds` holds the search's own work too, which the second run did not do again."""
-    fit = {c["name"]: c for c in whole["configurations"] if c["status"] != "refused" and c["relative_time"]}
-    pick = fit[found["chosen"]["name"]]
-    good = [c for c in fit.values() if c["status"] == "fit"]
-    best = min(good, key=lambda c: c["relative_time"])
-    plain = min((c for c in fit.values() if c["target"] in ("ort", "openvino", "torchscript")),
-                key=lambda c: c["relative_time"])  # fmt: skip
+    first, second = found["document"], whole["document"]
+    status = {c["name"]: c["status"] for c in second["configurations"]}
+    good = [name for name in times if status.get(name, "fit") != "refused"]
+    overall = {name: math.exp(sum(math.log(t[0]) for t in times[name].values()) / len(times[name])) for name in good}
+    plain = [name for name in good if name in ("ort", "openvino", "torchscript")]
     return {
-        "model": whole["model"], "environment": whole["environment"], "buckets": whole["buckets"],
-        "configurations": len(whole["configurations"]), "tried_by_search": len(found["configurations"]),
-        "search_seconds": seconds, "every_seconds": whole["spent_seconds"],
-        "share_of_time": seconds / whole["spent_seconds"],
-        "pick": pick["name"], "best_of_all": best["name"], "regret": pick["relative_time"] / best["relative_time"] - 1,
-        "regret_by_bucket": {b: pick["p50_ms"][b] / min(c["p50_ms"][b] for c in good) - 1 for b in whole["buckets"]},
-        "drop": found["chosen"]["drop"], "plain": plain["name"],
-        "time_against_plain": {b: pick["p50_ms"][b] / plain["p50_ms"][b] for b in whole["buckets"]},
-        "p50_ms": {name: c["p50_ms"] for name, c in fit.items()}, "front": whole["front"],
+        "model": second["model"], "environment": second["environment"], "buckets": second["buckets"],
+        "configurations": len(second["configurations"]), "tried_by_search": len(first["configurations"]),
+        "search_seconds": found["seconds"], "every_seconds": second["spent_seconds"],
+        "share_of_time": found["seconds"] / second["spent_seconds"],
+        "pick": first["chosen"]["name"], "pick_of_all": second["chosen"]["name"], "drop": first["chosen"]["drop"],
+        "time": times, "refused": sorted(set(times) - set(good)),
+        "regret": overall[EVERY] - 1,
+        "worst_of_export": max(overall[name] for name in good if name != EVERY) - 1,
+        "worst_cell_of_plain": max(t[0] for name in plain for t in times[name].values()),
     }  # fmt: skip
 
 
