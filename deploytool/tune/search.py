@@ -2,8 +2,9 @@
 
 1. Every target as its profile says is built and compared with the reference; what passes races a fixed artifact, the
    anchor, for a few rounds. The task metric is taken only of what is quick enough to matter.
-2. Around those within reach of the best, one setting is changed at a time, and what helped is put together; then the
-   runtime settings of the best builds, which need no build.
+2. Around those within reach of the best, one setting is changed at a time, and what helped is put together; not where
+   one is slower than the best and loses too much as well. Then the runtime settings of the best builds, which need no
+   build.
 3. Those near the best run in rounds against each other and the best plain artifact; heat after heat fewer are near.
 4. The last two are measured once more in fresh processes, and the better one of all rounds is chosen.
 """
@@ -231,16 +232,26 @@ class Search:
                     continue
                 # A refused one stands for the family where there is no other.
                 own = min(here, key=lambda t: (t.reason is not None, value_of(t)))
-                if own.value is None or (best is not None and value_of(own) - value_of(best) > reach):
+                if own.value is None or (best is not None and self._behind(own, best, reach)):
                     continue
                 wanted += self._next(self.trials[family.name], own)
             self.consider(wanted)
             if len(self.trials) == before:
                 return
 
+    def _behind(self, own: Trial, best: Trial, reach: float) -> bool:
+        """Whether a family is left alone: out of reach, or slower than the best and yet outside the allowed loss.
+
+        Settings trade quality for time: what mends the quality does not make it quicker as well.
+        """
+        behind = value_of(own) - value_of(best)
+        return behind > reach or (behind > _TOLERATED and not self.fit(own))
+
     def _next(self, base: Trial, best: Trial) -> list[Config]:
         """What to try next in a family: each change alone first, then those that helped on top of its best."""
-        choices = build_choices(base.config.profile, self.question.objective) + self._layers(base)
+        came_to = base.product.artifact.settings if base.product else {}
+        choices = [(key, value) for key, value in build_choices(base.config.profile, self.question.objective)
+                   if came_to.get(key.removeprefix("build.")) != value] + self._layers(base)  # fmt: skip
         singles = [base.config.with_change(key, value) for key, value in choices]
         if not all(config.name in self.trials for config in singles):
             return singles
@@ -287,8 +298,8 @@ class Search:
         """
         for number, (near, count) in enumerate(zip(_NEAR, _HEATS, strict=True)):
             field = self._near(near)
-            if not field or self.spent > self.question.budget_seconds:
-                break
+            if len(field) < 2 or self.spent > self.question.budget_seconds:
+                break  # nobody is left to beat the best: the final is its last word
             self.heat(f"heat {number + 1}", [*field, *_wanted(field, self._plain())], count)
         last = self._near(_NEAR[-1])[:_MOST_FINALISTS]
         entrants = [*last, *_wanted(last, self._plain())]

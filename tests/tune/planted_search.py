@@ -81,7 +81,7 @@ class Planted:
             raise self.fails[build]
         if build not in self.built:
             self.built.append(build)
-        kept = {"kept_fp32": ["a", "b"]} if config.profile.precision == "int8" else {}
+        kept = {"kept_fp32": ["a", "b"], "scheme": "unsmoothed"} if config.profile.precision == "int8" else {}
         told = {"ms": [self.times(config, 0), self.times(config, 1)], "lean": config.profile.backend == "torchscript"}
         artifact = Artifact(self.folder, "planted", "onnx", "m", config.profile.precision, SIGNATURE,
                             settings={**kept, **told})  # fmt: skip

@@ -73,6 +73,35 @@ def test_what_loses_too_much_is_out(ask: Ask) -> None:
     assert chosen.config.profile.name == "openvino"
 
 
+def test_what_is_slower_and_worse_is_left_alone(ask: Ask) -> None:
+    """Around a target that is slower than the best and loses too much nothing is tried, around the best it is."""
+    _, chosen, planted = ask(drops={"openvino-int8": 0.02})
+    assert chosen.config.profile.name == "ort-int8"
+    assert [name for name in planted.built if name.startswith("openvino-int8")] == ["openvino-int8"]
+    assert sum(name.startswith("ort-int8 ") for name in planted.built) > 1
+
+
+def test_what_a_build_came_to_by_itself_is_not_built_again(ask: Ask) -> None:
+    """Where the profile leaves a choice to the build, the one that it made is not tried as a change."""
+    _, _, planted = ask()
+    assert "openvino-int8 build.scheme=transformer" in planted.built
+    assert "openvino-int8 build.scheme=unsmoothed" not in planted.built
+
+
+def test_a_clear_winner_runs_no_heats(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heats are among those near the best: with nobody near there is only the final with the best plain one."""
+    heats: list[tuple[str, int]] = []
+    right = Search.heat
+
+    def heat(self: Search, kind: str, entrants: Any, count: int) -> None:
+        heats.append((kind, len(entrants)))
+        right(self, kind, entrants, count)
+
+    monkeypatch.setattr(Search, "heat", heat)
+    assert ask(times=lambda c, case: 1.0 if c.name == "openvino-int8" else 10.0)[1].config.name == "openvino-int8"
+    assert heats == [("final", 2)]
+
+
 def test_nothing_keeps_the_quality(ask: Ask) -> None:
     """When everything loses too much the search fails, and says of each what is wrong."""
     with pytest.raises(CheckFailed) as caught:
