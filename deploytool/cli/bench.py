@@ -19,14 +19,16 @@ from deploytool.worker import Limits
 @click.option("--aa", "against_itself", is_flag=True, help="Time the artifact against itself: the machine's noise.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 65536),
               help="Measure throughput at this batch size instead; repeat it.")  # fmt: skip
+@click.option("--at", "sizes", type=options.SIZES, default=dict,
+              help="Sizes to time at, batch=1,sequence=64; those of the first sample else.")  # fmt: skip
 @click.option("--roofline", is_flag=True, help="Tell what share of the machine's speed it reaches.")
 @options.seed_option
 @options.limits_options
 @options.quiet_option
 @options.json_option
 def command(
-    artifacts: tuple[Path, ...], seconds: float, against_itself: bool, batches: tuple[int, ...], roofline: bool,
-    seed: int, limits: Limits, quiet: bool, as_json: bool,
+    artifacts: tuple[Path, ...], seconds: float, against_itself: bool, batches: tuple[int, ...],
+    sizes: dict[str, int], roofline: bool, seed: int, limits: Limits, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Time the first of ARTIFACTS against the others, interleaved; alone, against its eager model."""
     from deploytool.pipeline.again import bench_again
@@ -38,18 +40,21 @@ def command(
     if any(alone) and (len(artifacts) > 1 or sum(alone) > 1):
         raise UsageProblem("DT201", "--aa, --batch and --roofline each look at one artifact alone (got more)",
                            fix="name one artifact, and one of the three")  # fmt: skip
+    if batches and sizes:
+        raise UsageProblem("DT201", "--batch measures at batch sizes of its own (got --at as well)",
+                           fix="leave one of the two out")  # fmt: skip
     if batches:
         result = throughput_of(artifacts[0], list(dict.fromkeys(batches)), how)
         lines = [f"batch {r['batch']}: {r['items_per_s']:.1f} items/s, p50 {r['p50_ms']:.3f} ms over {r['runs']} runs"
                  for r in result["throughput"]]  # fmt: skip
     elif against_itself:
-        result = noise_of(artifacts[0], how, options.say(quiet))
+        result = noise_of(artifacts[0], sizes, how, options.say(quiet))
         lines = [*_lines(result), _noise_line(result["noise"])]
     elif roofline:
-        result = roofline_of(artifacts[0], how, options.say(quiet))
+        result = roofline_of(artifacts[0], sizes, how, options.say(quiet))
         lines = [*_lines(result), _roofline_line(result["roofline"])]
     else:
-        result = bench_again(artifacts, how, options.say(quiet))
+        result = bench_again(artifacts, sizes, how, options.say(quiet))
         lines = _lines(result)
     if as_json:
         options.print_json(result)

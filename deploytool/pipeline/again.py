@@ -16,6 +16,7 @@ from deploytool.artifact import GOLDEN, Artifact
 from deploytool.backends.base import find_backend
 from deploytool.backends.cut import CUTTERS
 from deploytool.bench.compare import compare
+from deploytool.bench.sizes import resized_case
 from deploytool.bundle.contents import artifact_folders, opened
 from deploytool.cases import Case, case_files, read_cases
 from deploytool.errors import BackendFailed, DeployError, InputRefused
@@ -236,8 +237,11 @@ def _result(
     }
 
 
-def bench_again(paths: Sequence[Path], options: Options, say: Say) -> dict[str, Any]:
-    """Time the artifact at the first path against those at the others, or against its eager model when alone."""
+def bench_again(paths: Sequence[Path], sizes: Mapping[str, int], options: Options, say: Say) -> dict[str, Any]:
+    """Time the artifact at the first path against those at the others, or against its eager model when alone.
+
+    `sizes` of free dimensions are those of the inputs; with none they are the first that were recorded.
+    """
     with ExitStack() as stack:
         found = [stack.enter_context(_one_artifact(path)) for path in paths]
         candidate, others = found[0], found[1:]
@@ -248,10 +252,26 @@ def bench_again(paths: Sequence[Path], options: Options, say: Say) -> dict[str, 
             if artifact.signature.inputs != candidate.signature.inputs:
                 raise InputRefused("DT308", f"artifacts must take the same inputs to be compared (got {path})",
                                    detail=[str(candidate.signature), str(artifact.signature)])  # fmt: skip
-        case = case_files(candidate.folder / GOLDEN)[0]
-        timed = compare(candidate, references, case, limits=options.limits, budget_seconds=options.bench_seconds,
-                        seed=options.seed, report=say)  # fmt: skip
-    return {"schema_version": SCHEMA_VERSION, "artifact": str(paths[0]), **timed}
+        case = stack.enter_context(inputs_at(candidate, sizes))
+        return {"artifact": str(paths[0]), **timed(candidate, references, case, options, say)}
+
+
+@contextmanager
+def inputs_at(artifact: Artifact, sizes: Mapping[str, int]) -> Iterator[Path]:
+    """Recorded inputs of an artifact, cut or repeated to `sizes` of free dimensions; the first as it is with none."""
+    recorded = case_files(artifact.folder / GOLDEN)
+    with tempfile.TemporaryDirectory(prefix="deploytool-") as work:
+        yield resized_case(artifact.signature, recorded, sizes, Path(work)) if sizes else recorded[0]
+
+
+def timed(
+    candidate: Artifact, references: Mapping[str, Artifact], case: Path, options: Options, say: Say
+) -> dict[str, Any]:
+    """What `compare` finds, and the "sizes" of the inputs."""
+    figures = compare(candidate, references, case, limits=options.limits, budget_seconds=options.bench_seconds,
+                      seed=options.seed, report=say)  # fmt: skip
+    sizes = candidate.signature.bind(Case.load(case).inputs)
+    return {"schema_version": SCHEMA_VERSION, "sizes": sizes, **figures}
 
 
 @contextmanager
@@ -298,9 +318,9 @@ def check_release(
     def compared(new: Artifact, old: Artifact) -> Mapping[str, Any]:
         say(f"{new.target['name']}: timing against the release")
         case = case_files(old.folder / GOLDEN)[0]
-        timed = compare(new, {"released": old}, case, limits=options.limits, budget_seconds=options.bench_seconds,
+        found = compare(new, {"released": old}, case, limits=options.limits, budget_seconds=options.bench_seconds,
                         seed=options.seed)  # fmt: skip
-        figures: dict[str, Any] = timed["against"]["released"]
+        figures: dict[str, Any] = found["against"]["released"]
         return figures
 
     def replayed(artifact: Artifact, cases: Sequence[Case]) -> Sequence[Outputs]:

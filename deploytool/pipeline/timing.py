@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deploytool import worker
 from deploytool.artifact import GOLDEN
-from deploytool.bench.compare import compare
 from deploytool.bench.environment import environment, usable_cores
 from deploytool.bench.noise import ITSELF, noise_floor
 from deploytool.bench.roofline import roofline
 from deploytool.bench.serve import THREAD_LIMITS
 from deploytool.bench.throughput import throughput
-from deploytool.cases import case_files
 from deploytool.errors import InputRefused
-from deploytool.pipeline.again import _model_of, _one_artifact
+from deploytool.pipeline.again import _model_of, _one_artifact, inputs_at, timed
 from deploytool.pipeline.export import SCHEMA_VERSION, Options, Say
 
 
-def noise_of(path: Path, options: Options, say: Say) -> dict[str, Any]:
+def noise_of(path: Path, sizes: Mapping[str, int], options: Options, say: Say) -> dict[str, Any]:
     """One artifact against itself; what `bench --aa` prints."""
-    with _one_artifact(path) as artifact:
-        timed = compare(artifact, {ITSELF: artifact}, case_files(artifact.folder / GOLDEN)[0], limits=options.limits,
-                        budget_seconds=options.bench_seconds, seed=options.seed, report=say)  # fmt: skip
-    return {"schema_version": SCHEMA_VERSION, "artifact": str(path), **timed, "noise": noise_floor(timed)}
+    with _one_artifact(path) as artifact, inputs_at(artifact, sizes) as case:
+        found = timed(artifact, {ITSELF: artifact}, case, options, say)
+    return {"artifact": str(path), **found, "noise": noise_floor(found)}
 
 
 def throughput_of(path: Path, batches: Sequence[int], options: Options) -> dict[str, Any]:
@@ -38,25 +35,23 @@ def throughput_of(path: Path, batches: Sequence[int], options: Options) -> dict[
     return {"schema_version": SCHEMA_VERSION, "artifact": str(path), "environment": environment(), "throughput": rows}
 
 
-def roofline_of(path: Path, options: Options, say: Say) -> dict[str, Any]:
+def roofline_of(path: Path, sizes: Mapping[str, int], options: Options, say: Say) -> dict[str, Any]:
     """One artifact's time against the least that this machine allows; what `bench --roofline` prints.
 
     Operations are those of the model that it was made from, on the case that is timed; bytes are its files.
     """
-    with _one_artifact(path) as artifact:
+    with _one_artifact(path) as artifact, inputs_at(artifact, sizes) as case:
         ref = _model_of(artifact)
         if ref is None or not ref.has_module:
             raise InputRefused("DT301", "the artifact's PyTorch model must be here to count its operations",
                                fix="export it again from its model")  # fmt: skip
-        case = case_files(artifact.folder / GOLDEN)[0]
         say("counting operations")
         flop = worker.run(f"counting {ref.name}", "deploytool.load.flops:flops_job", options.limits,
                           ref=asdict(ref), case=str(case))  # fmt: skip
-        timed = compare(artifact, {}, case, limits=options.limits, budget_seconds=options.bench_seconds,
-                        seed=options.seed, report=say)  # fmt: skip
+        found = timed(artifact, {}, case, options, say)
         threads = int(artifact.settings.get("threads") or 0) or usable_cores()
         with worker.Worker("bench roofline", options.limits, THREAD_LIMITS) as machine:
             machine.create("deploytool.bench.roofline:Machine", threads=threads)
             peaks = machine.invoke("peaks")
-        found = roofline(timed["p50_ms"], flop, artifact.size_bytes, peaks)
-    return {"schema_version": SCHEMA_VERSION, "artifact": str(path), **timed, "roofline": found}
+        share = roofline(found["p50_ms"], flop, artifact.size_bytes, peaks)
+    return {"artifact": str(path), **found, "roofline": share}

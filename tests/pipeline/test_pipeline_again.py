@@ -87,7 +87,8 @@ def test_a_changed_file_is_no_artifact(out: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    for check in (lambda: verify(out / "ort"), lambda: bench_again([out / "ort"], Options(out=out), lambda line: None)):
+    how = Options(out=out)
+    for check in (lambda: verify(out / "ort"), lambda: bench_again([out / "ort"], {}, how, lambda line: None)):
         with pytest.raises(IntegrityBroken):
             check()
 
@@ -172,18 +173,36 @@ def test_artifacts_are_timed_against_each_other(out: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(again, "compare", compare)
     how = Options(out=out, bench_seconds=1.0)
-    result = bench_again([out / "ort", out / "torchscript"], how, lambda line: None)
+    result = bench_again([out / "ort", out / "torchscript"], {}, how, lambda line: None)
     assert (result["artifact"], result["p50_ms"]) == (str(out / "ort"), 1.0)
-    bench_again([out / "torchscript"], how, lambda line: None)
+    bench_again([out / "torchscript"], {}, how, lambda line: None)
     assert asked == [("ort", {str(out / "torchscript"): "torchscript"}, "000.npz"),
                      ("torchscript", {"eager": "eager"}, "000.npz")]  # fmt: skip
     with pytest.raises(InputRefused, match="must hold one artifact"):
-        bench_again([out], how, lambda line: None)
+        bench_again([out], {}, how, lambda line: None)
     shutil.copytree(out / "ort", out / "elsewhere")
     path = out / "elsewhere" / "artifact.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "executes": False}))
     with pytest.raises(InputRefused, match="built for other hardware"):
-        bench_again([out / "elsewhere"], how, lambda line: None)
+        bench_again([out / "elsewhere"], {}, how, lambda line: None)
+
+
+def test_inputs_are_timed_at_the_sizes_that_are_asked_for(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded inputs come at these sizes, the result says which were timed, and what is not free is refused."""
+    asked: list[tuple[int, ...]] = []
+
+    def compare(candidate: Artifact, references: dict[str, Artifact], case: Path, **_: Any) -> dict[str, Any]:
+        asked.append(Case.load(case).inputs["x"].shape)
+        return {"p50_ms": 1.0, "against": {}}
+
+    monkeypatch.setattr(again, "compare", compare)
+    how = Options(out=out, bench_seconds=1.0)
+    both = [out / "ort", out / "torchscript"]
+    results = [bench_again(both, sizes, how, lambda line: None) for sizes in ({"batch": 5}, {})]
+    assert asked[0][0] == 5 != asked[1][0]
+    assert [r["sizes"] for r in results] == [{"batch": shape[0]} for shape in asked]
+    with pytest.raises(InputRefused, match="free dimensions"):
+        bench_again(both, {"bach": 5}, how, lambda line: None)
 
 
 def test_replay_gives_the_recorded_outputs(out: Path) -> None:
