@@ -6,10 +6,12 @@ in a copy of that folder, with four times as many rounds each, and its own best 
 Last, the search's pick is timed against the pick of that and against every target as `export` makes it: at each size
 all of them interleaved, in fresh processes, since what looked best among many was lucky too.
 
-Prints JSON: seconds of both; `time` is the pick's time over that of each rival per size, with its 95 % interval;
-`regret` is how much longer it takes than the pick of all (geometric mean over the sizes), `worst_of_export` the same
-against the quickest target of `export` that keeps the quality, and `worst_cell_of_plain` the largest ratio to an fp32
-target at any size. What was measured in --work is not measured again.
+Prints JSON: seconds of both; `time` is the pick's time over that of each rival per size, with its 95 % interval and the
+verdict on the pick; `regret` is how much longer it takes than the pick of all (geometric mean over the sizes),
+`worst_of_export` the same against the quickest target of `export` that keeps the quality, and `worst_cell_of_plain` the
+largest ratio to an fp32 target at any size. `share_of_time` is the search's part of the seconds of trying all, and
+`share_with_short_races` the same if those had raced for as few rounds as the search's. What was measured in --work is
+not measured again.
 
     python scripts/bench/tune.py --model minilm --max-drop 0.5% --at batch=1,sequence=16 --at batch=1,sequence=64 \
         --at batch=1,sequence=128 --targets ort ort-int8 openvino openvino-int8 fbgemm torchscript --work /tmp/tuned
@@ -21,16 +23,19 @@ import argparse
 import json
 import math
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import Artifact
 from deploytool.bench.compare import compare
 from deploytool.storage import write_json
+from deploytool.tune.search import _EXHAUSTIVE_ROUNDS, _RACE_ROUNDS
 from deploytool.worker import NO_LIMITS
 
 EVERY = "the pick of all"
@@ -55,7 +60,8 @@ def main() -> None:
     whole = once(given.work / "every.json", lambda: tune(given, every, "--exhaustive"))
     rivals = {EVERY: every / "chosen"} | exported(given, given.work / "export")
     times = once(given.work / "times.json", lambda: timed(search, rivals, given.seconds))
-    print(json.dumps(summary(found, whole, times), indent=2))
+    races = seconds_of("race", every) - seconds_of("race", search)
+    print(json.dumps(summary(found, whole, races, times), indent=2))
 
 
 def once(path: Path, measure: Callable[[], Any]) -> Any:
@@ -63,6 +69,12 @@ def once(path: Path, measure: Callable[[], Any]) -> Any:
     if not path.exists():
         write_json(path, measure())
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def seconds_of(kind: str, folder: Path) -> float:
+    """What the record says that work of this kind took."""
+    with closing(sqlite3.connect(folder / "tune.sqlite")) as record:
+        return float(record.execute("SELECT total(seconds) FROM done WHERE kind = ?", (kind,)).fetchone()[0])
 
 
 def tune(given: argparse.Namespace, out: Path, *more: str) -> dict[str, Any]:
@@ -86,37 +98,41 @@ def exported(given: argparse.Namespace, out: Path) -> dict[str, Path]:
     return {target: out / target for target in given.targets if (out / target).is_dir()}
 
 
-def timed(search: Path, rivals: dict[str, Path], seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Per rival and size: the pick's time over the rival's, and its interval."""
+def timed(search: Path, rivals: dict[str, Path], seconds: float) -> dict[str, dict[str, Any]]:
+    """Per rival and size: the pick's time over the rival's, its interval (None of too few blocks), and the verdict."""
     pick = Artifact.load(search / "chosen")
     others = {name: Artifact.load(folder) for name, folder in rivals.items()}
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in others}
+    found: dict[str, dict[str, Any]] = {name: {} for name in others}
     for case in sorted((search / "cases").glob("*.npz")):
         result = compare(pick, others, case, limits=NO_LIMITS, budget_seconds=seconds, seed=0,
                          report=lambda line: print(line, file=sys.stderr))  # fmt: skip
         for name, figures in result["against"].items():
-            low, high = figures["speedup_ci"]
-            found[name][case.stem] = [1 / figures["speedup"], 1 / high, 1 / low]
+            interval = figures["speedup_ci"] and [1 / speedup for speedup in reversed(figures["speedup_ci"])]
+            found[name][case.stem] = {"ratio": 1 / figures["speedup"], "interval": interval,
+                                      "verdict": figures["verdict"]}  # fmt: skip
     return found
 
 
-def summary(found: dict[str, Any], whole: dict[str, Any], times: dict[str, Any]) -> dict[str, Any]:
-    """The comparison. `every_seconds` holds the search's own work too, which the second run did not do again."""
+def summary(found: dict[str, Any], whole: dict[str, Any], races: float, times: dict[str, Any]) -> dict[str, Any]:
+    """The comparison; `races` are the seconds of the long races. `every_seconds` holds the search's own work too."""
     first, second = found["document"], whole["document"]
     status = {c["name"]: c["status"] for c in second["configurations"]}
     good = [name for name in times if status.get(name, "fit") != "refused"]
-    overall = {name: math.exp(sum(math.log(t[0]) for t in times[name].values()) / len(times[name])) for name in good}
+    overall = {name: math.exp(sum(math.log(t["ratio"]) for t in times[name].values()) / len(times[name]))
+               for name in good}  # fmt: skip
+    longer = (1 - _RACE_ROUNDS / _EXHAUSTIVE_ROUNDS) * races
     plain = [name for name in good if name in ("ort", "openvino", "torchscript")]
     return {
         "model": second["model"], "environment": second["environment"], "buckets": second["buckets"],
         "configurations": len(second["configurations"]), "tried_by_search": len(first["configurations"]),
         "search_seconds": found["seconds"], "every_seconds": second["spent_seconds"],
         "share_of_time": found["seconds"] / second["spent_seconds"],
+        "share_with_short_races": found["seconds"] / (second["spent_seconds"] - longer),
         "pick": first["chosen"]["name"], "pick_of_all": second["chosen"]["name"], "drop": first["chosen"]["drop"],
         "time": times, "refused": sorted(set(times) - set(good)),
         "regret": overall[EVERY] - 1,
         "worst_of_export": max(overall[name] for name in good if name != EVERY) - 1,
-        "worst_cell_of_plain": max(t[0] for name in plain for t in times[name].values()),
+        "worst_cell_of_plain": max(t["ratio"] for name in plain for t in times[name].values()),
     }  # fmt: skip
 
 
