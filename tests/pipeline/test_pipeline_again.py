@@ -192,7 +192,7 @@ def test_inputs_are_timed_at_the_sizes_that_are_asked_for(out: Path, monkeypatch
     asked: list[tuple[int, ...]] = []
 
     def compare(candidate: Artifact, references: dict[str, Artifact], case: Path, **_: Any) -> dict[str, Any]:
-        asked.append(Case.load(case).inputs["x"].shape)
+        asked.append(Case.load(case).inputs["input"].shape)
         return {"p50_ms": 1.0, "against": {}}
 
     monkeypatch.setattr(again, "compare", compare)
