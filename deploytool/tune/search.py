@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from deploytool.bench.statistics import MIN_BLOCKS
+from deploytool.bench.statistics import speedup
 from deploytool.errors import CheckFailed, DeployError
 from deploytool.storage import sha256_file
 from deploytool.tune.engine import Engine, Nowhere
@@ -310,12 +310,13 @@ class Search:
         return min([*left, *_wanted(left, plain)], key=value_of, default=None)
 
     def _loses_somewhere(self, trial: Trial, plain: Trial | None) -> bool:
-        """Whether it is slower than the plain artifact in one of the buckets: what is best on average must not be."""
-        if plain is None:
+        """Whether it is surely slower than the plain artifact in a bucket: what is best on average must not be."""
+        if plain is None or plain is trial:
             return False
         ratios = [case_log_ratios(self.rounds, self.key(trial), self.key(plain), case, self.unit)
                   for case in range(len(self.cases))]  # fmt: skip
-        return any(len(r) >= MIN_BLOCKS and float(np.median(r)) < -_TOLERATED for r in ratios)
+        found = [speedup(r, seed=self.question.seed) for r in ratios]
+        return any(one is not None and one.verdict(_TOLERATED) == "slower" for one in found)
 
     def _near(self, near: float) -> list[Trial]:
         """Those that keep the quality and are so near to the best of them, at most as many as can be open at once."""

@@ -132,6 +132,17 @@ def test_slow_on_one_size_is_out(ask: Ask) -> None:
     assert chosen.config.profile.precision == "fp32"
 
 
+def test_noise_on_one_size_is_no_reason(ask: Ask) -> None:
+    """What only may be slower at one size, as far as the rounds can tell, stays in."""
+
+    def even(config: Config, case: int) -> float:
+        if config.name == "openvino-int8":
+            return 10.3 if case == 0 else 4.0
+        return 10.0 if config.profile.precision == "fp32" else 30.0
+
+    assert ask(times=even, noise=0.1)[1].config.name == "openvino-int8"
+
+
 def test_another_plain_one_at_the_end(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the final rounds make another plain artifact the best, and all finalists lose to it, that one is chosen."""
     monkeypatch.setattr(Search, "_loses_somewhere", lambda self, trial, plain: trial is not plain)
