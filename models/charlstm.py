@@ -7,10 +7,11 @@ little between versions of Python. Weights: trained by scripts/train/charlstm.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import fmean
 
 import torch
 from safetensors.torch import load_file
@@ -77,15 +78,23 @@ def samples() -> Iterable[Feeds]:
     return [{"tokens": piece.clone().view(shape)} for piece, shape in zip(pieces, SHAPES, strict=True)]
 
 
-def evaluate(predict: Callable[[Feeds], Mapping[str, Tensor]]) -> dict[str, float]:
-    """Mean bits to encode a held-out character, in windows of 128 characters and batches of 16."""
+def evaluate(
+    predict: Callable[[Feeds], Mapping[str, Tensor]], record: Callable[[str, Sequence[float]], None] | None = None
+) -> dict[str, float]:
+    """Mean bits to encode a held-out character; the scores are those of windows of 128 characters, 16 in a batch."""
     text = _text()[1]
     windows = text[: len(text) // 2048 * 2048].view(-1, 128)
-    nats = [
-        cross_entropy(predict({"tokens": rows[:, :-1].contiguous()})["logits"].transpose(1, 2), rows[:, 1:]).item()
+    bits = [
+        cross_entropy(
+            predict({"tokens": rows[:, :-1].contiguous()})["logits"].transpose(1, 2), rows[:, 1:], reduction="none"
+        ).mean(dim=1)
+        / math.log(2)
         for rows in windows.split(16)
     ]
-    return {"bits_per_char": sum(nats) / len(nats) / math.log(2)}
+    scores = torch.cat(bits).tolist()
+    if record:
+        record("bits_per_char", scores)
+    return {"bits_per_char": fmean(scores)}
 
 
 def train_batches(epoch: int = 0) -> Iterator[Feeds]:

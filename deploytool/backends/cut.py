@@ -26,6 +26,7 @@ CUTTERS = {
     "torchscript": "deploytool.backends.torchscript_cut",
     "fbgemm": "deploytool.backends.torchscript_cut",
 }
+_WITHOUT = {"eager": "runs the module itself", "inductor": "runs a compiled library: no graph is left in it to cut"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class CutGraph(Protocol):
         ...
 
 
+def without_graph(backend: str) -> str:
+    """What a backend that is none of CUTTERS runs instead, in words that follow its name."""
+    return _WITHOUT.get(backend, "has no graph that can be cut here")
+
+
 def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tuple[CutGraph, CutGraph]:
     """The model's own graph in fp32, computed plainly, and the artifact's, with the same names for the same tensors.
 
@@ -86,7 +92,7 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
     """
     if artifact.backend not in CUTTERS:
         raise InputRefused("DT313", f"only an artifact with a graph can be bisected (got backend {artifact.backend!r}, "
-                           "which runs the module itself)", fix="choose a target that lowers the model")  # fmt: skip
+                           f"which {without_graph(artifact.backend)})", fix="choose another target")  # fmt: skip
     cutter: Any = importlib.import_module(CUTTERS[artifact.backend])
     reference, candidate = cutter.open_cuts(artifact, prepared, ref)
     return reference, candidate

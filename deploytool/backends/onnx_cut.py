@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,8 @@ class OnnxGraph:
         self._protos = [node for node in model.graph.node if node.output[0] not in self._constants]
         self._makers = {name: node for node in self._protos for name in node.output if name}
         self._types = _types(model)
-        self.nodes = tuple(map(self._node, self._protos))
+        self.nodes = tuple(_cut_node(node, self._constants) for node in self._protos)
         self.outputs = tuple(value.name for value in model.graph.output)
-
-    def _node(self, node: NodeProto) -> CutNode:
-        names = [*node.input, *(name for body in _bodies(node) for name in _captured(body))]
-        return CutNode(
-            name=node.name or node.output[0],
-            kind=node.op_type,
-            inputs={i: name for i, name in enumerate(names) if name and name not in self._constants},
-            outputs=tuple(name for name in node.output if name),
-            constants={i: name for i, name in enumerate(names) if name in self._constants},
-            module=module_of(node, (name for name in names if name in self._constants)),
-            attributes={a.name: _plain(a) for a in node.attribute},
-        )
 
     def constant(self, name: str) -> np.ndarray | None:
         """The value of an initializer or of a Constant node."""
@@ -101,7 +89,10 @@ class OnnxGraph:
     def _typed(self, name: str, array: np.ndarray) -> np.ndarray:
         """The array in the type that this graph has for it: a tensor may be half precision here."""
         known = self._types.get(name)
-        return array if known is None else np.asarray(array, dtype=helper.tensor_dtype_to_np_dtype(known), order="C")
+        if known is None:
+            return array
+        with np.errstate(over="ignore"):  # what half precision cannot hold is infinite, as it is in the artifact
+            return np.asarray(array, dtype=helper.tensor_dtype_to_np_dtype(known), order="C")
 
     def _between(self, wanted: Sequence[str], given: Feeds) -> ModelProto:
         kept, used = self._reached(wanted, given)
@@ -139,6 +130,26 @@ class OnnxGraph:
             used |= names
             ahead += [self._makers[name] for name in names if name in self._makers and name not in given]
         return kept, used
+
+
+def nodes_of(path: Path, kind: str) -> list[CutNode]:
+    """The nodes of one kind in a file, in order; weights that lie beside it are not read."""
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [_cut_node(node, constants) for node in graph.node if node.op_type == kind]
+
+
+def _cut_node(node: NodeProto, constants: Container[str]) -> CutNode:
+    names = [*node.input, *(name for body in _bodies(node) for name in _captured(body))]
+    return CutNode(
+        name=node.name or node.output[0],
+        kind=node.op_type,
+        inputs={i: name for i, name in enumerate(names) if name and name not in constants},
+        outputs=tuple(name for name in node.output if name),
+        constants={i: name for i, name in enumerate(names) if name in constants},
+        module=module_of(node, (name for name in names if name in constants)),
+        attributes={a.name: _plain(a) for a in node.attribute},
+    )
 
 
 def module_of(node: NodeProto, weights: Iterable[str]) -> str:

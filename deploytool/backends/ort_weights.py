@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from deploytool.backends.onnx_edit import Maker, is_weight, made_by, sizes
 from deploytool.backends.ort_groups import Grouped, grouped
+from deploytool.backends.tables import ACCURACY_LEVELS
 
 MICROSOFT = "com.microsoft"
-_LEVEL = {"fp32": 1, "int8": 4}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _replace_product(graph: ir.Graph, product: Product, matrix: Grouped, plan: P
     node = ir.node(
         "MatMulNBits", [product.node.inputs[0], *_stored(graph, product.name, matrix), *bias],
         {"K": product.columns, "N": len(matrix.codes), "bits": matrix.bits, "block_size": matrix.group,
-         "accuracy_level": _LEVEL[plan.activations]},
+         "accuracy_level": ACCURACY_LEVELS[plan.activations]},
         domain=MICROSOFT, name=product.node.name,
     )  # fmt: skip
     _put(graph, product.node, node.outputs[0], node)

@@ -61,6 +61,8 @@ class FbgemmBuild(KeepFp32):
 
 _DYNAMIC_OPS = ("MatMul", "LSTM", "Attention")
 _INT8_OPS = {"static": ("MatMul", "Conv"), "weights": ()}
+# What ONNX Runtime calls the inputs that a product of low-bit weights computes with.
+ACCURACY_LEVELS = {"fp32": 1, "int8": 4}
 
 
 class OnnxRuntimeBuild(KeepFp32):

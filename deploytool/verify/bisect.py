@@ -24,6 +24,7 @@ from deploytool.cases import Case, case_files
 from deploytool.errors import BackendFailed
 from deploytool.signature import Feeds, Outputs
 from deploytool.verify.cause import Suspect, likely_cause
+from deploytool.verify.promise import broken_promises
 from deploytool.verify.rounding import allowed, distance, is_quantized
 from deploytool.verify.weights import steps_off, weight_pairs
 
@@ -41,10 +42,12 @@ def bisect_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str
     opened, folder = Artifact.load(Path(artifact), check=False), Path(prepared)
     reference, candidate = open_cuts(opened, folder, ref)
     path, error = worst_case(opened, folder / "cases")
+    broken = {name: sentence for name, (_, sentence) in broken_promises(opened).items()}
     replays, found = 0, None
     for tried in dict.fromkeys([path, *few_cases(folder)]):  # a node may be wrong on one case and not on another
         runs = error < math.inf or tried != path
-        search = Search(reference, candidate, Case.load(tried).inputs, opened.precision, runs, has_sharp_bounds(opened))
+        inputs, sharp = Case.load(tried).inputs, has_sharp_bounds(opened)
+        search = Search(reference, candidate, inputs, opened.precision, runs, sharp, broken)
         told = search.find()
         replays += search.replays
         if found is None or told["found"] == "node":
@@ -96,7 +99,8 @@ class Search:
 
     `runs` says that the whole artifact runs on the case: an engine that then refuses a piece of it refuses the cut.
     `sharp`: what a node may cost is known, for whole numbers too; see has_sharp_bounds. Never of a node that rounds in
-    the model itself: a number between two codes falls to either by its last bit.
+    the model itself: a number between two codes falls to either by its last bit. `broken`: sentences on nodes of the
+    candidate that break what the profile promises, by name.
     """
 
     reference: CutGraph
@@ -105,6 +109,7 @@ class Search:
     precision: str
     runs: bool = True
     sharp: bool = True
+    broken: Mapping[str, str] = field(default_factory=dict)
     replays: int = 0
     values: Outputs = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -157,7 +162,8 @@ class Search:
         error = 0.0 if failure and self.runs else distance(expected, got)
         pairs = weight_pairs(region, there, self.reference, self.candidate)
         steps = max((steps_off(weight, stored) for _, weight, stored in pairs), default=0.0)
-        return Suspect(name, region, there, expected, got, error, bound, why, failure, self.precision, steps,
+        broken = next((self.broken[node.name] for node in there if node.name in self.broken), "")
+        return Suspect(name, region, there, expected, got, error, bound, why, failure, self.precision, steps, broken,
                        sharp=not is_quantized(region) and (self.sharp or not is_quantized(there)))  # fmt: skip
 
     def value(self, name: str) -> np.ndarray | None:

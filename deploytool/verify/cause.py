@@ -10,6 +10,7 @@ import numpy as np
 
 from deploytool.backends.cut import CutGraph, CutNode
 from deploytool.errors import DeployError
+from deploytool.verify.promise import PROMISE
 from deploytool.verify.rounding import Value, is_quantized
 from deploytool.verify.weights import STEPS_MAX, steps_off, weight_pairs
 
@@ -17,6 +18,7 @@ _SHAPING = ("Reshape", "Expand", "Tile", "ConstantOfShape", "aten::view", "aten:
 _LOOKUPS = ("Gather", "aten::embedding")
 _AXES = ("axis", "axes", "perm", "keepdims")
 _HALF_END = 65504.0
+_HALF_STEP = 2.0**-24  # between the smallest numbers of half precision
 _DENORMAL = float(np.finfo(np.float32).tiny)
 _TINY = 1e-30
 _FEW = 3  # one or two numbers that happen to be the largest are no range
@@ -31,6 +33,7 @@ class Suspect:
     region      the reference's nodes, the tensor's own node first; candidates: those that take their place
     bound, why  what the precision explains
     steps       how many of its own steps a stored weight is off, at most; 0 where none is stored
+    broken      what the profile promises of its nodes and does not hold, "" where all does
     sharp       whether all that a right node costs is in `bound`: ranges that calibration fixed are not
     failure     the engine's words where it did not run
     precision   what the artifact promises to compute in
@@ -47,11 +50,14 @@ class Suspect:
     failure: str
     precision: str
     steps: float = 0.0
+    broken: str = ""
     sharp: bool = True
 
     @property
     def excess(self) -> float:
-        """How many times what is allowed, of its output or of its weight."""
+        """How many times what is allowed, of its output or of its weight; infinite where a promise is broken."""
+        if self.broken:
+            return math.inf
         own = self.error / self.bound if self.bound else math.inf if self.error else 0.0
         return max(own, self.steps / STEPS_MAX)
 
@@ -87,6 +93,8 @@ def likely_cause(suspect: Suspect, reference: CutGraph, candidate: CutGraph, val
 def _explanations(
     suspect: Suspect, reference: CutGraph, candidate: CutGraph, values: Value
 ) -> Iterator[tuple[str, str]]:
+    if suspect.broken:
+        yield PROMISE, suspect.broken
     if suspect.missing:
         yield "missing node", f"{suspect.missing[0].kind} is not in the artifact's graph"
     if is_quantized(suspect.candidates) and not suspect.precision.startswith("int"):
@@ -168,12 +176,21 @@ def _compare_constant(
         yield "broken weight", f"{name} holds NaN or infinity"
         return
     peak = float(np.abs(ref).max(initial=0.0)) or 1.0
-    step = peak * (2 / 63 if quantized else 2e-3)
+    step = max(peak * (2 / 63 if quantized else 2e-3), _HALF_STEP if found.dtype == np.float16 else 0.0)
+    if ref.size == 1 and _is_another(expected, found, step):
+        yield "wrong constant", f"{name} must be {ref.item():.6g} (got {got.item():.6g})"
+        return
     if np.abs(ref - got).max(initial=0.0) <= step:
         if not quantized and found.dtype == np.float32 and not np.array_equal(expected, found):
             yield "stale weight", f"{name} differs in {int((expected != found).sum())} of {ref.size} numbers"
         return
     yield _kind_of_weight(name, ref, got, np.array(step))
+
+
+def _is_another(expected: np.ndarray, found: np.ndarray, step: float) -> bool:
+    """Whether a single number differs by more than its type explains."""
+    off = abs(float(expected.item()) - float(found.item()))
+    return off > step or (off > 0 and found.dtype == np.float32)
 
 
 def _kind_of_weight(name: str, ref: np.ndarray, got: np.ndarray, step: np.ndarray) -> tuple[str, str]:
@@ -207,15 +224,26 @@ def _swapped(suspect: Suspect) -> Iterator[tuple[str, str]]:
 
 
 def _tiny(suspect: Suspect, candidate: CutGraph) -> Iterator[tuple[str, str]]:
-    """Factors below what fp32 holds with all digits, in nodes that only the candidate has."""
-    extra = [node for node in suspect.candidates if node.kind not in {n.kind for n in suspect.region}]
-    for node in extra:
-        for name in node.constants.values():
-            array = candidate.constant(name)
-            if array is not None and array.dtype.kind == "f" and array.size == 1:
-                size = abs(float(array.reshape(-1)[0]))
-                if 0 < size < _TINY:
-                    yield "denormals", f"{node.kind} by {size:.2g} makes numbers too small for the engine's arithmetic"
+    """Factors that alone or together go below what fp32 holds with all digits, in nodes that only the candidate has."""
+    paired = {id(twin) for _, twin in _pairs(suspect)}
+    size = 1.0
+    for node in reversed(suspect.candidates):  # the first to run comes last
+        for position, name in node.constants.items() if id(node) not in paired else ():
+            factor = _factor(candidate.constant(name))
+            if factor and "mul" in node.kind.lower():
+                size *= factor
+            elif factor and "div" in node.kind.lower() and position == 1:
+                size /= factor
+            if size < _TINY:
+                yield "denormals", f"{node.kind} by {factor:.2g} makes numbers too small for the engine's arithmetic"
+                return
+
+
+def _factor(array: np.ndarray | None) -> float:
+    """The size of a single number; 0 where there is none."""
+    if array is None or array.dtype.kind != "f" or array.size != 1:
+        return 0.0
+    return abs(float(array.item()))
 
 
 def _structure(suspect: Suspect) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,8 @@
 An output may be within its limit while a node is wrong: a softmax cancels what is added to all its inputs, a norm what
 shifts all its outputs, and beside the error of int8 itself one wrong zero point is hard to see. So every tensor that
 the artifact's graph shares with the model's is computed once more from the right values before it (see bisect.py), and
-every stored weight is held against the model's (weights.py). What is beyond its bound is a fault.
+every stored weight is held against the model's (weights.py). What is beyond its bound is a fault, and so is a node that
+computes in another arithmetic than its profile says (promise.py).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends.cut import CUTTERS, open_cuts
+from deploytool.backends.cut import CUTTERS, CutNode, open_cuts, without_graph
 from deploytool.cases import Case
 from deploytool.verify.bisect import Search, few_cases, has_sharp_bounds
 from deploytool.verify.cause import Suspect, likely_cause
+from deploytool.verify.promise import PROMISE, broken_promises
 
 _LARGEST_BYTES = 250_000_000  # of a graph: cut graphs are copied, and all of a case's tensors are held
 _SHOWN = 8
@@ -26,7 +28,9 @@ _SHOWN = 8
 def unjudged(artifact: Artifact) -> str | None:
     """Why an artifact's nodes are not judged; None where they are."""
     if artifact.backend not in CUTTERS:
-        return f"backend {artifact.backend} runs the module itself: there is no graph"
+        return f"backend {artifact.backend} {without_graph(artifact.backend)}"
+    if artifact.main_file.suffix == ".ort":
+        return "ONNX Runtime's own format holds no graph that can be cut"
     if artifact.precision == "int4":
         return "what a node of 4-bit weights may cost is not known"
     if artifact.size_bytes > _LARGEST_BYTES:
@@ -35,18 +39,19 @@ def unjudged(artifact: Artifact) -> str | None:
 
 
 def nodes_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str, Any]:
-    """Judge every node of an artifact (in a worker).
+    """Judge every node of an artifact (in a worker); what the profile promises also of those that are not judged.
 
     Returns {"tensors": judged, "cases": how many each was computed of, "unjudged": why of the whole or None,
     "uncertain": tensors whose bound is not sharp, "refused": tensors that cannot be cut out, "wrong": [a node each]}.
     """
     opened, folder = Artifact.load(Path(artifact), check=False), Path(prepared)
+    broken = [_broken(node, sentence) for node, sentence in broken_promises(opened).values()]
     why = unjudged(opened)
     if why:
-        return not_judged(why)
+        return {**not_judged(why), "wrong": broken}
     reference, candidate = open_cuts(opened, folder, ref)
     chosen = few_cases(folder)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {wrong["tensor"]: wrong for wrong in broken}
     counts = {"tensors": 0, "uncertain": 0, "refused": 0}
     for path in chosen:
         search = Search(reference, candidate, Case.load(path).inputs, opened.precision, sharp=has_sharp_bounds(opened))
@@ -71,6 +76,13 @@ def _told(suspect: Suspect, search: Search, case: int) -> dict[str, Any]:
             "own_error": suspect.error if math.isfinite(suspect.error) else None, "allowed": suspect.bound,
             "allowed_from": suspect.why, "weight_steps": suspect.steps if math.isfinite(suspect.steps) else None,
             **why}  # fmt: skip
+
+
+def _broken(node: CutNode, sentence: str) -> dict[str, Any]:
+    """A node that was not run: what it promises is enough."""
+    unmeasured = dict.fromkeys(("case", "own_error", "allowed", "weight_steps"))
+    return {"node": node.name, "kind": node.kind, "module": node.module, "tensor": node.outputs[0], **unmeasured,
+            "allowed_from": "the profile", "cause": PROMISE, "sentence": sentence}  # fmt: skip
 
 
 def judge_nodes(nodes: Mapping[str, Any] | None) -> list[str]:

@@ -256,6 +256,17 @@ def blockwise(which: int, bits: int, level: int) -> Plant:
     return plant
 
 
+def level(which: int, to: int) -> Plant:
+    """Another accuracy level in the which-th product of low-bit weights that the artifact was built with."""
+
+    def plant(graph: ModelProto, reference: ModelProto) -> list[str]:
+        node = nodes(graph, "MatMulNBits")[which]
+        next(a for a in node.attribute if a.name == "accuracy_level").i = to
+        return owner(reference, node.output[0])
+
+    return plant
+
+
 def replaced(kind: str, other: str, which: int = 0) -> Plant:
     def plant(graph: ModelProto, reference: ModelProto) -> list[str]:
         node = nodes(graph, kind)[which]
@@ -336,6 +347,9 @@ FAULTS = (
                       ("recurrent", 70, True))),
     *(Fault(f"level {m} {b} {lv} {i}", "accuracy level", m, "ort", blockwise(i, b, lv))
       for m, i, b, lv in (("transformer", 0, 8, 4), ("decoder", 5, 4, 4), ("mixer", 0, 8, 4))),
+    *(Fault(f"level flip {m} {t} {i}", "accuracy level", m, t, level(i, 1), mild=True)
+      for m, t, i in (("transformer", "ort-int4", 1), ("mixer", "ort-int4", 0), ("residual", "ort-weight-int8", 0),
+                      ("decoder", "ort-weight-int8", 3))),
     *(Fault(f"fp16 {m} {k}", "fp16 overflow", m, "trt",
             inserted(k, i, *(("Mul", (_h(6e4),), {}),) * 2, *(("Div", (_h(6e4),), {}),) * 2))
       for m, k, i in (("transformer", "MatMul", 1), ("residual", "Gemm", 0))),

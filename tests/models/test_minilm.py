@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -13,9 +13,13 @@ Model = Callable[[str], nn.Module]
 
 
 def test_the_reference_agrees_with_itself(source: Source, model: Model) -> None:
-    """The pretrained model's own similarities must rank as its own, and noise in an embedding must lower that."""
+    """The pretrained model's own similarities must rank as its own, and noise in an embedding must lower that.
+
+    What is told of single sentences must have the correlation as its mean, and differ where the ranking is another.
+    """
     encoder = model("minilm")
     noise = torch.Generator().manual_seed(0)
+    told: list[Sequence[float]] = []
     with torch.inference_mode():
         assert source("minilm").evaluate(lambda feeds: encoder(**feeds))["spearman"] > 0.99999
 
@@ -23,7 +27,9 @@ def test_the_reference_agrees_with_itself(source: Source, model: Model) -> None:
             clean = encoder(**feeds)["sentence_embedding"]
             return {"sentence_embedding": clean + 0.05 * torch.randn(clean.shape, generator=noise)}
 
-        assert source("minilm").evaluate(noisy)["spearman"] < 0.95
+        found = source("minilm").evaluate(noisy, lambda name, numbers: told.append(numbers))["spearman"]
+    assert found < 0.95 and len(told[0]) == 256 and torch.tensor(told[0]).std() > 0.01
+    assert abs(sum(told[0]) / 256 - found) < 0.005
 
 
 def test_the_timing_sample_is_full(source: Source) -> None:

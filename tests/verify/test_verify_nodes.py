@@ -149,11 +149,15 @@ def of(backend: str, precision: str, **settings: Any) -> Artifact:
 
 
 def test_what_is_not_judged_is_said(prepared: Path) -> None:
-    """An artifact without a graph, or of 4 bits, must have its nodes reported as not judged, never as right."""
+    """An artifact without a graph to cut, or of 4 bits, must have its nodes reported as not judged, never as right."""
     assert unjudged(of("onnxruntime", "fp32")) is None
-    for artifact in (of("eager", "fp32"), of("onnxruntime", "int4")):
+    own_format = Artifact(Path("nowhere"), "onnxruntime", "onnx", "model.ort", "fp32", SIGNATURE)
+    whys = {"module itself": of("eager", "fp32"), "compiled library": of("inductor", "fp32"),
+            "4-bit": of("onnxruntime", "int4"), "own format": own_format}  # fmt: skip
+    for word, artifact in whys.items():
         why = unjudged(artifact)
-        assert why and unjudged_said(not_judged(why)) == [f"nodes were not judged by themselves: {why}"]
+        assert why and word in why
+        assert unjudged_said(not_judged(why)) == [f"nodes were not judged by themselves: {why}"]
     folder, _ = made(prepared, lambda model: None, "fp32")
     Artifact(folder, "onnxruntime", "onnx", "model.onnx", "int4", SIGNATURE).save()
     found = nodes_job(str(folder), str(prepared), {})
