@@ -62,7 +62,7 @@ class Runtime(Table):
 
 
 class Target(Table):
-    """One profile. `plain` names the unquantized target of the same backend that a quantized one must beat."""
+    """One profile. `plain` names the fp32 target of the same backend that one of lower precision must beat."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)  # it becomes a folder's name
     description: str
