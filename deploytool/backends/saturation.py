@@ -13,7 +13,7 @@ A kernel that packs otherwise is not covered; weights of 7 bits cannot saturate 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,23 @@ def counted(weights: Iterable[tuple[str, np.ndarray, int]]) -> dict[str, Any]:
     return {"weights": found, "of": len(excess)} | ({"worst": worst, "excess": excess[worst]} if found else {})
 
 
-def told(settings: Mapping[str, Any]) -> list[str]:
-    """What a report has to say of an artifact with these settings; nothing where nothing can saturate."""
+def has_vnni(cpu_flags: Collection[str]) -> bool:
+    """Whether a CPU with these flags multiplies bytes without adding in 16 bits."""
+    return bool({"avx512_vnni", "avx_vnni"} & set(cpu_flags))
+
+
+def told(settings: Mapping[str, Any], cpu_flags: Collection[str]) -> list[str]:
+    """What a report has to say of an artifact with these settings; nothing where nothing can saturate.
+
+    `cpu_flags` are those of the machine that the report is made on.
+    """
     found = settings.get("can_saturate", {"weights": 0})
     if not found["weights"]:
         return []
-    return [f"{found['weights']} of {found['of']} int8 weights can saturate on x86 CPUs without VNNI where ONNX "
-            f"Runtime is opened without session.x64quantprecision, which deploytool sets (worst: {found['worst']}, by "
-            f"up to {found['excess']} in a sum of 16 bits)"]  # fmt: skip
+    here = "has it" if has_vnni(cpu_flags) else "has none"
+    return [f"{found['weights']} of {found['of']} int8 weights can saturate on x86 CPUs without VNNI (that of this "
+            f"machine {here}) where ONNX Runtime is opened without session.x64quantprecision, which deploytool sets "
+            f"(worst: {found['worst']}, by up to {found['excess']} in a sum of 16 bits)"]  # fmt: skip
 
 
 def _largest(rows: np.ndarray) -> int:

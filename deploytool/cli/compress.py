@@ -35,6 +35,7 @@ def command(
     from deploytool import worker
     from deploytool.compress.recipe import find_recipe, load_recipe
     from deploytool.load.resolve import COMPRESSED, resolve
+    from deploytool.pipeline.needs import compression_needs, refuse_impossible, weights_of
     from deploytool.storage import refuse_existing
 
     first = os.environ.get("RANK", "0") == "0"  # torchrun starts the command several times, and one of them speaks
@@ -53,6 +54,7 @@ def command(
     if output is None:
         raise UsageProblem("DT201", "-o must name the folder to write (got none)")
     refuse_existing(output, overwrite, COMPRESSED)
+    refuse_impossible(compression_needs(weights_of(ref)), output, limits)
     plan = {"model": asdict(ref), "recipe": str(path), "steps": steps.plan(), "output": str(output), "seed": seed}
     say(plan_table(plan))
     if dry_run:

@@ -37,6 +37,7 @@ def _check(name: str, ok: bool | None, evidence: str, fix: str = "") -> dict[str
 
 
 def _machine() -> list[dict[str, Any]]:
+    from deploytool.backends.saturation import has_vnni
     from deploytool.bench.environment import environment
     from deploytool.worker import cache_folder
 
@@ -44,7 +45,7 @@ def _machine() -> list[dict[str, Any]]:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    vnni = any(flag in about["cpu_flags"] for flag in ("avx512_vnni", "avx_vnni"))
+    vnni = has_vnni(about["cpu_flags"])
     return [
         _check("python", True, platform.python_version()),
         _check("cpu", True, f"{about['cpu']}, {about['cores_usable']} cores"),

@@ -1,4 +1,4 @@
-"""The better of a quantized artifact and its plain one, as measured: loss of precision must buy something."""
+"""The better of a quantized artifact and its plain one, as measured: what loses precision must buy something."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from deploytool.target import Target
 
 def against_plain(target: Target, plain: Mapping[str, Any]) -> str:
     """How the artifact's speed is to that of its plain one, in a sentence; `plain` is its entry of "against"."""
-    ratio = "" if plain["speedup"] is None else f" ({speedup_text(plain)})"
-    word = {"slower": "slower than", "same": "as fast as"}.get(plain["verdict"], "not shown to be faster than")
-    return f"{target.name} is {word} the plain {target.plain}{ratio}"
+    return _beside(target, f"the plain {target.plain}", plain)
+
+
+def against_uncompressed(target: Target, original: Mapping[str, Any]) -> str:
+    """How a compressed model's artifact is to the plain one of the uncompressed model; `original` is its entry."""
+    return _beside(target, f"{target.plain or target.name} of the uncompressed model", original)
+
+
+def _beside(target: Target, other: str, figures: Mapping[str, Any]) -> str:
+    ratio = "" if figures["speedup"] is None else f" ({speedup_text(figures)})"
+    word = {"slower": "slower than", "same": "as fast as"}.get(figures["verdict"], "not shown to be faster than")
+    return f"{target.name} is {word} {other}{ratio}"
 
 
 def no_better(target: Target, result: Mapping[str, Any]) -> str | None:

@@ -18,8 +18,6 @@ from deploytool import worker
 from deploytool.artifact import MANIFEST, REPORT, Artifact
 from deploytool.backends import saturation
 from deploytool.backends.base import Probe, find_backend, load_checked_target
-from deploytool.bench.compare import compare, headline
-from deploytool.bench.decoding import measure_decoding, told
 from deploytool.bench.environment import environment
 from deploytool.bundle.contents import FAILED
 from deploytool.cache import Prepared, prepare
@@ -27,10 +25,11 @@ from deploytool.decoding import decodes
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.ahead import Ahead
-from deploytool.pipeline.best import against_plain, no_better, plain_instead
+from deploytool.pipeline.best import no_better, plain_instead
 from deploytool.pipeline.kept import parity_of
 from deploytool.pipeline.needs import NOTHING_NEEDED, Needs, needs, refuse_impossible, weights_of
 from deploytool.pipeline.reference import Reference
+from deploytool.pipeline.speed import speed_of
 from deploytool.source import ModelRef
 from deploytool.storage import refuse_existing, settle, sha256_file, write_json
 from deploytool.target import Target, load_target, target_names
@@ -147,6 +146,9 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
             size = sum(path.stat().st_size for path in graph.iterdir()) if graph.is_dir() else 0
             refuse_impossible(needs(size, targets, False), options.out, options.limits)
             reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed, ahead)
+            if reference.is_compressed and options.bench_seconds and any(t.backend != "eager" for t in targets):
+                reference.uncompressed = _uncompressed(reference.original, graph.is_dir(), Path(work), options,
+                                                       ahead, say)  # fmt: skip
             made: dict[str, dict[str, Any]] = {}  # plain ones that were built out of turn, each once
             for target in targets:
                 if target.name in made:
@@ -169,6 +171,17 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
         write_json(options.out / REPORT, report)
     _tell_of_others(options.out, [str(result["target"]) for result in results], say)
     return report
+
+
+def _uncompressed(ref: ModelRef, graph: bool, work: Path, options: Options, ahead: Ahead, say: Say
+                  ) -> Reference | DeployError:  # fmt: skip
+    """The reference of a compressed model's original, whose artifacts are timed beside; or why there is none."""
+    say(f"preparing {ref.name}, which the compressed model is timed against")
+    try:
+        prepared = prepared_and_checked(ref, options, graph, say, ahead)
+    except DeployError as error:
+        return error
+    return Reference(ref, prepared, work, options.limits, options.seed, ahead)
 
 
 def _tell_of_others(out: Path, written: Sequence[str], say: Say) -> None:
@@ -331,11 +344,12 @@ def _stages(
     if coded and target.backend != "eager" and not artifact.settings.get("encoded"):
         findings.append(f"the model's {coded} quantized weights are stored in this target's own form, not as their "
                         "codes, which ort-int4 and ort-weight-int8 keep")  # fmt: skip
-    findings += saturation.told(artifact.settings)
+    findings += saturation.told(artifact.settings, environment()["cpu_flags"])
     speed = memory = None
     if options.bench_seconds > 0 and artifact.executes:
         say(f"{target.name}: timing")
-        speed, memory, said = _speed(target, artifact, reference, options, done)
+        speed, memory, said = speed_of(target, artifact, reference, done, limits=options.limits,
+                                       budget_seconds=options.bench_seconds, seed=options.seed)  # fmt: skip
         findings += said
     clock.lap("bench")
     return {
@@ -359,29 +373,6 @@ def _stages(
         "findings": findings,
         "seconds": {"lower": reference.prepared.seconds, "lower_cached": reference.prepared.cached, **clock.laps},
     }  # fmt: skip
-
-
-def _speed(
-    target: Target, artifact: Artifact, reference: Reference, options: Options, done: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The report's "speed" and "memory", and what has to be said about them."""
-    others = {"eager": reference.eager()}
-    if target.plain is not None:
-        others[target.plain] = reference.plain(target.plain, done)
-    timed = compare(artifact, others, reference.cases[0], limits=options.limits,
-                    budget_seconds=options.bench_seconds, seed=options.seed)  # fmt: skip
-    eager = timed["against"]["eager"]
-    memory = {"peak_rss_bytes": timed.pop("peak_rss_bytes")}
-    speed = {**timed, "reference_p50_ms": eager["p50_ms"], **headline(eager)}
-    for name, other in others.items():
-        timed["against"][name]["size_bytes"] = other.size_bytes
-    findings = []
-    if decodes(artifact.signature):
-        speed["decoding"] = measure_decoding({target.name: artifact, **others}, options.limits, seed=options.seed)
-        findings.append(told(speed["decoding"]))
-    if target.plain is not None and timed["against"][target.plain]["verdict"] != "faster":
-        findings.append(against_plain(target, timed["against"][target.plain]))
-    return speed, memory, findings
 
 
 class _Clock:

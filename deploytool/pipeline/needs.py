@@ -1,10 +1,11 @@
-"""What an export needs at the very least, told before work starts: disk and memory, from the size of the weights.
+"""What an export or a compression needs at the least, told before work starts: from the size of the weights.
 
-Only what cannot do without is counted, so that nothing that would fit is refused:
+Only what either cannot do without is counted, so that nothing that would fit is refused:
 
     memory        the libraries, the module's weights, and the same again while a graph or an engine is written
     cache         the lowered graph
-    output        one engine per target: its weights in the target's precision
+    output        one engine per target: its weights in the target's precision; of a compression the weights as they
+                  are, since how much smaller they come out is not known before
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def needs(weights: int, targets: Sequence[Target], graph: bool) -> Needs:
     """What exporting a model with so many bytes of weights to these targets takes at least."""
     engines = sum(weights * _BITS.get(t.precision, 32) // 32 for t in targets if t.backend != "eager")
     return Needs(_LIBRARIES_BYTES + 2 * weights, weights if graph else 0, engines)
+
+
+def compression_needs(weights: int) -> Needs:
+    """What compressing a model with so many bytes of weights takes; less disk only where many of them go."""
+    return Needs(_LIBRARIES_BYTES + weights, 0, weights)
 
 
 def refuse_impossible(needed: Needs, out: Path, limits: Limits) -> None:

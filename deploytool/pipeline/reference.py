@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.cache import Prepared
 from deploytool.cases import case_files
+from deploytool.errors import DeployError
 from deploytool.pipeline.ahead import Ahead
 from deploytool.pipeline.kept import parity_of
 from deploytool.signature import Signature
@@ -22,12 +24,16 @@ from deploytool.verify.judge import compare_quality
 
 
 class Reference:
-    """What artifacts of one model are built from and measured against. `work` holds what is dropped afterwards."""
+    """What artifacts of one model are built from and measured against. `work` holds what is dropped afterwards.
+
+    `uncompressed` is the reference of a compressed model's original where its artifacts are wanted, or why it has none.
+    """
 
     def __init__(self, ref: ModelRef, prepared: Prepared, work: Path, limits: worker.Limits, seed: int,
                  ahead: Ahead | None = None):  # fmt: skip
         self.ref = ref
         self.prepared = prepared
+        self.uncompressed: Reference | DeployError | None = None
         self._work = work
         self._limits = limits
         self._seed = seed
@@ -40,6 +46,11 @@ class Reference:
         """The model that quality and speed are measured against: the uncompressed one."""
         original = self.prepared.info["original"]
         return ModelRef(**original) if original else self.ref
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the model was made from another, by `deploytool compress`."""
+        return self.ref != self.original
 
     @property
     def signature(self) -> Signature:
@@ -67,23 +78,26 @@ class Reference:
 
     def eager(self) -> Artifact:
         """The eager artifact of the uncompressed model."""
-        return self._once("eager", self.original)
+        return self._once(load_target("eager"), self.original)
 
     def plain(self, name: str, done: Sequence[Mapping[str, Any]]) -> Artifact:
         """The artifact of the plain target `name`: the one exported in this run, else one built for the purpose."""
         for result in done:
             if result["target"] == name and result["status"] == "ok":
                 return Artifact.load(Path(result["artifact"]), check=False)
-        return self._once(name, self.ref)
+        return self.made(load_target(name))
 
-    def _once(self, name: str, ref: ModelRef) -> Artifact:
-        if name not in self._made:
-            folder = self._work / name
-            folder.mkdir()
-            target = load_target(name)
+    def made(self, target: Target) -> Artifact:
+        """An artifact that is dropped afterwards, built when it is first asked for."""
+        return self._once(target, self.ref)
+
+    def _once(self, target: Target, ref: ModelRef) -> Artifact:
+        if target.name not in self._made:
+            # A name of its own, since a build that failed may have left something.
+            folder = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=self._work))
             with self.engine(target) as engine:
-                self._made[name] = self._build(target, ref, folder, engine)
-        return self._made[name]
+                self._made[target.name] = self._build(target, ref, folder, engine)
+        return self._made[target.name]
 
     def parity(self, artifact: Artifact, engine: worker.Worker) -> dict[str, Any]:
         """The artifact's outputs against the recorded ones; golden cases come to lie in its folder."""
@@ -111,7 +125,7 @@ class Reference:
 
     def compression(self, artifact: Artifact) -> dict[str, Any] | None:
         """How far a compressed model's artifact is from the uncompressed module; None for other models."""
-        return None if self.ref == self.original else self._compare(artifact, self.prepared.folder / "original")
+        return self._compare(artifact, self.prepared.folder / "original") if self.is_compressed else None
 
     def _compare(self, artifact: Artifact, cases: Path) -> dict[str, Any]:
         figures: dict[str, Any] = worker.run(
@@ -125,7 +139,7 @@ class Reference:
         if not wanted or not (self.prepared.info["has_evaluate"] or self.prepared.info["has_prompts"]):
             return {}, None
         own = self._own_quality()
-        found = own if artifact.backend == "eager" and self.ref == self.original else self._quality(artifact)
+        found = own if artifact.backend == "eager" and not self.is_compressed else self._quality(artifact)
         return compare_quality(own, found, tuple(self.prepared.info["lower_is_better"]))
 
     def _own_quality(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deploytool.report.rows import Grid
@@ -60,17 +60,23 @@ def _row(one: Mapping[str, Any], chosen: bool, on_front: bool) -> tuple[str, ...
 
 
 def plot(result: Mapping[str, Any]) -> str:
-    """The configurations as an SVG picture: time relative to the anchor against size, both on log axes."""
-    points = [one for one in result["configurations"] if one["relative_time"] and one["size_bytes"]]
+    """The configurations as an SVG picture: time relative to the anchor against size, both on log axes.
+
+    Where nothing was timed, since size is the objective, the drop of quality stands in the place of the time.
+    """
+    timed = any(one["relative_time"] for one in result["configurations"])
+    axis = "relative_time" if timed else "drop"
+    points = [one for one in result["configurations"] if one[axis] is not None and one["size_bytes"]]
     if not points:
         return ""
-    times, sizes = [one["relative_time"] for one in points], [one["size_bytes"] / 1e6 for one in points]
-    x, y = _scale(times, _MARGIN, _WIDTH - _MARGIN), _scale(sizes, _HEIGHT - _MARGIN, _MARGIN)
-    marks = [_mark(one, x(t), y(s), result) for one, t, s in zip(points, times, sizes, strict=True)]
-    line = [f"{x(t):.1f},{y(s):.1f}" for one, t, s in sorted(zip(points, times, sizes, strict=True), key=lambda p: p[1])
-            if one["name"] in result["front"]]  # fmt: skip
-    axes = (f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 15}" text-anchor="middle">time of a run, relative to '
-            f'{html.escape(result["anchor"] or "")} ({min(times):.3g} to {max(times):.3g})</text>'
+    across, sizes = [one[axis] * (1 if timed else 100) for one in points], [one["size_bytes"] / 1e6 for one in points]
+    x, y = _scale(across, _MARGIN, _WIDTH - _MARGIN, log=timed), _scale(sizes, _HEIGHT - _MARGIN, _MARGIN)
+    places = [(one, x(a), y(s)) for one, a, s in zip(points, across, sizes, strict=True)]
+    marks = [_mark(one, a, s, result) for one, a, s in places]
+    line = [f"{a:.1f},{s:.1f}" for one, a, s in sorted(places, key=lambda p: -p[2]) if one["name"] in result["front"]]
+    named = f"time of a run, relative to {result['anchor']}" if timed else "drop of the quality, %"
+    axes = (f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 15}" text-anchor="middle">{html.escape(named)} '
+            f"({min(across):.3g} to {max(across):.3g})</text>"
             f'<text x="15" y="{_HEIGHT / 2}" transform="rotate(-90 15 {_HEIGHT / 2})" text-anchor="middle">'
             f"size, MB ({min(sizes):.3g} to {max(sizes):.3g})</text>")  # fmt: skip
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
@@ -78,10 +84,12 @@ def plot(result: Mapping[str, Any]) -> str:
             f'<polyline points="{" ".join(line)}" fill="none" stroke="#c33"/>{"".join(marks)}</svg>\n')  # fmt: skip
 
 
-def _scale(values: Sequence[float], low: float, high: float) -> Any:
-    first, last = math.log(min(values)), math.log(max(values))
+def _scale(values: Sequence[float], low: float, high: float, *, log: bool = True) -> Callable[[float], float]:
+    """Where a value stands between `low` and `high`, the places of the smallest and the largest."""
+    of = math.log if log else float
+    first, last = of(min(values)), of(max(values))
     span = (last - first) or 1.0
-    return lambda value: low + (high - low) * (math.log(value) - first) / span
+    return lambda value: low + (high - low) * (of(value) - first) / span
 
 
 def _mark(one: Mapping[str, Any], x: float, y: float, result: Mapping[str, Any]) -> str:

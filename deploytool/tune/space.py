@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deploytool.backends.saturation import has_vnni
 from deploytool.bench.environment import environment, usable_cores
 from deploytool.target import Target
 
@@ -30,7 +31,7 @@ CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
 }
 # 8-bit weights saturate in the kernels of CPUs without VNNI: not offered there.
 _NEEDS_VNNI: tuple[Change, ...] = (("reduce_range", False), ("weight_bits", 8))
-_VNNI = {"avx512_vnni", "avx_vnni"}
+_CORES_TO_HALVE = 4
 # Settings that make the file or the process smaller and not quicker: tried for that objective only.
 _ONLY_FOR = {"embeddings": "size", "op_types": "size", "arena": "memory"}
 
@@ -88,7 +89,7 @@ def _word(value: Any) -> str:
 
 def build_choices(profile: Target, objective: str) -> list[Change]:
     """Changes of build settings to try, one at a time or together; those that the profile has already are left out."""
-    vnni = bool(_VNNI & set(environment()["cpu_flags"]))
+    vnni = has_vnni(environment()["cpu_flags"])
     found: list[Change] = []
     for key, values in CHOICES.get((profile.backend, profile.precision), {}).items():
         for value in values:
@@ -100,11 +101,16 @@ def build_choices(profile: Target, objective: str) -> list[Change]:
 
 
 def runtime_choices(profile: Target) -> list[Change]:
-    """Changes of runtime settings to try: one thread where more are the rule, and ONNX Runtime without spinning."""
-    found: list[Change] = []
-    if profile.runtime.threads != 1 and usable_cores() > 1:
-        found.append(("runtime.threads", 1))
-    if profile.backend == "onnxruntime" and profile.runtime.spinning and usable_cores() > 1:
+    """Changes of runtime settings to try: fewer threads, and ONNX Runtime without spinning.
+
+    Fewer are one, and half of the cores from four on: small products wait longer for each other than they compute.
+    """
+    if (usable := usable_cores()) < 2:
+        return []
+    cores = min(usable, environment().get("cores_physical") or usable)  # what a profile means that sets no threads
+    counts = [1, cores // 2] if cores >= _CORES_TO_HALVE else [1]
+    found: list[Change] = [("runtime.threads", count) for count in counts if count != profile.runtime.threads]
+    if profile.backend == "onnxruntime" and profile.runtime.spinning:
         found.append(("runtime.spinning", False))
     return found
 
@@ -113,6 +119,11 @@ def bases(profiles: Sequence[Target], recipes: Iterable[Path]) -> list[Config]:
     """Every profile as it is, of the model and of each recipe's result; what is quick to build comes first."""
     ordered = sorted(profiles, key=lambda p: (p.precision != "fp32", p.backend != "onnxruntime"))
     return [Config(profile, recipe=recipe) for recipe in (None, *recipes) for profile in ordered]
+
+
+def single_changes(base: Config, objective: str) -> list[Config]:
+    """A base, and it with each change of a build setting by itself: what is built before any are put together."""
+    return [base, *(base.with_change(*change) for change in build_choices(base.profile, objective))]
 
 
 def everything(base: Config, objective: str) -> Iterator[Config]:

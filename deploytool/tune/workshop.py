@@ -19,6 +19,8 @@ from deploytool.tune.station import takes_graph
 from deploytool.tune.store import Store, digest
 from deploytool.verify.judge import judge_parity, judge_quality
 
+BUILDS = "builds"
+
 
 @dataclass(frozen=True)
 class Product:
@@ -55,7 +57,7 @@ class Workshop:
     def product(self, config: Config) -> Product:
         """The configuration, built and compared with the reference; raises what a build may raise."""
         about = self._build_key(config)
-        folder = self._folder / "builds" / digest(about)[:16]
+        folder = self._folder / BUILDS / digest(about)[:16]
         if "value" in (self._store.find("build", about) or {}) and not _whole(folder):
             self._store.forget("build", about)
         found = self._store.once("build", about, lambda: self._build(config, folder))

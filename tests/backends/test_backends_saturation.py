@@ -81,7 +81,7 @@ def test_weights_that_cannot_saturate_keep_eight_bits(workshop: Workshop, name: 
     assert sorted(_onnx_largest(artifact.folder).values()) in ([63, 127], [64, 127])
     assert len(artifact.settings["weights_in_8_bits"]) == 1
     assert artifact.settings["can_saturate"] == {"weights": 0, "of": 2}
-    assert told(artifact.settings) == []
+    assert told(artifact.settings, []) == []
     with open_artifact(artifact) as runner:
         for feeds in workshop.feeds("unpaired"):
             (exact,), (got,) = workshop.reference("unpaired", feeds).values(), runner.run(feeds).values()
@@ -90,13 +90,18 @@ def test_weights_that_cannot_saturate_keep_eight_bits(workshop: Workshop, name: 
 
 @pytest.mark.parametrize("name", ["ort-int8", "ort-static-int8"])
 def test_what_can_saturate_is_counted_and_told(workshop: Workshop, name: str) -> None:
-    """With 8 bits for all, the weight of full rows alone must be counted, and the report's sentence must name it."""
+    """With 8 bits for all, the weight of full rows alone must be counted, and the report's sentence must name it.
+
+    It says of the CPU here whether it has VNNI.
+    """
     artifact = build_artifact(workshop.request("unpaired", load_checked_target(name), reduce_range=False), {})
     found = artifact.settings["can_saturate"]
     assert (found["weights"], found["of"]) == (1, 2) and found["excess"] > 0
     assert artifact.settings["weights_in_8_bits"] == []  # none beside those that were asked for
-    (sentence,) = told(artifact.settings)
-    assert "1 of 2" in sentence and found["worst"] in sentence
+    for flags, here in (([], "has none"), (["avx2", "avx_vnni"], "has it"), (["avx512_vnni"], "has it")):
+        (sentence,) = told(artifact.settings, flags)
+        assert "1 of 2" in sentence and found["worst"] in sentence
+        assert f"without VNNI (that of this machine {here})" in sentence
 
 
 def test_recurrent_weights_are_counted(workshop: Workshop) -> None:
@@ -110,7 +115,7 @@ def test_recurrent_weights_are_counted(workshop: Workshop) -> None:
 def test_nothing_counted_is_nothing_told() -> None:
     """Without weights, and for artifacts that count none, there must be no sentence."""
     assert counted([]) == {"weights": 0, "of": 0}
-    assert told({}) == told({"can_saturate": counted([])}) == []
+    assert told({}, []) == told({"can_saturate": counted([])}, []) == []
 
 
 def _fbgemm(folder):  # type: ignore[no-untyped-def]

@@ -10,10 +10,12 @@ import pytest
 
 from deploytool.artifact import Artifact
 from deploytool.bundle.contents import opened
-from deploytool.errors import UsageProblem
+from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.pipeline import export as pipeline
+from deploytool.pipeline import speed
 from deploytool.pipeline.best import no_better
 from deploytool.pipeline.export import Options, make_plan
+from deploytool.pipeline.reference import Reference
 from deploytool.storage import sha256_file
 from deploytool.target import load_target
 
@@ -47,7 +49,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         def compare(_: Artifact, others: Mapping[str, Artifact], *__: Any, **___: Any) -> dict[str, Any]:
             return {"p50_ms": 1.0, "peak_rss_bytes": 1, "against": {name: figures(verdict) for name in others}}
 
-        monkeypatch.setattr(pipeline, "compare", compare)
+        monkeypatch.setattr(speed, "compare", compare)
 
     return plant
 
@@ -88,6 +90,80 @@ def test_a_faster_one_stays(model: str, exported: Exported, planted: Callable[[s
     planted("slower")
     (result,) = exported(model, "ort-int8", bench_seconds=1.0, out="second")["targets"]
     assert result["precision"] == "int8" and result["kept"] is None
+
+
+@pytest.fixture
+def compressed(model: str, cache: Path, inline: list[str]) -> str:
+    """What a recipe made of the model: in one place for all tests."""
+    from deploytool.compress.run import compress_job
+
+    folder, recipe = cache / "models" / "pruned", cache / "models" / "prune.toml"
+    if not folder.is_dir():
+        recipe.write_text('[[compress]]\nstep = "magnitude"\nsparsity = 0.5\n')
+        compress_job({"kind": "python", "name": "tiny", "path": model}, str(recipe), str(folder), evaluate=False)
+    return str(folder)
+
+
+def test_compression_must_buy_speed(
+    compressed: str, model: str, exported: Exported, planted: Callable[[str], None], tmp_path: Path
+) -> None:
+    """A compressed model's artifact that is slower than the uncompressed model's plain one must be told, and only then.
+
+    What it was timed against is no artifact of the export.
+    """
+    planted("slower")
+    ort, int8, eager = exported(compressed, "ort", "ort-int8", "eager", bench_seconds=1.0)["targets"]
+    for result, line in ((ort, "ort is slower than ort of the uncompressed model"),
+                         (int8, "ort-int8 is slower than ort of the uncompressed model"),
+                         (eager, "eager is slower than eager of the uncompressed model")):  # fmt: skip
+        assert sum(line in found for found in result["findings"]) == 1, result["findings"]
+    assert set(ort["speed"]["against"]) == {"eager", "uncompressed"}
+    assert set(int8["speed"]["against"]) == {"eager", "ort", "uncompressed"}
+    with opened(tmp_path / "out") as artifacts:
+        assert sorted(artifacts) == ["eager", "ort", "ort-int8"]
+    planted("faster")
+    for name, out in ((compressed, "quick"), (model, "whole")):
+        (result,) = exported(name, "ort", bench_seconds=1.0, out=out)["targets"]
+        assert not any("uncompressed model" in line for line in result["findings"])
+
+
+@pytest.mark.parametrize("fails", ["preparing", "building"])
+def test_an_original_that_cannot_be_built_is_told(
+    compressed: str, exported: Exported, planted: Callable[[str], None], fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the uncompressed model has no such artifact the compressed ones are exported all the same, and say so."""
+
+    def fail(*_: Any) -> Any:
+        raise BackendFailed("DT504", "it must build")
+
+    planted("slower")
+    if fails == "building":
+        monkeypatch.setattr(Reference, "made", fail)
+    else:
+        real = pipeline.prepared_and_checked
+        monkeypatch.setattr(pipeline, "prepared_and_checked",
+                            lambda ref, *rest: fail() if ref.name == "tiny" else real(ref, *rest))  # fmt: skip
+    for result in exported(compressed, "ort", "torchscript", bench_seconds=1.0)["targets"]:
+        assert result["status"] == "ok" and set(result["speed"]["against"]) == {"eager"}
+        assert "not timed against the uncompressed model's: it must build" in result["findings"]
+
+
+def test_a_plain_one_that_cannot_be_built_fails_each_target_alone(
+    model: str, exported: Exported, planted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a failed build left behind must not be in the way of the next target that wants the same plain one."""
+    right = Reference._build
+
+    def build(self: Reference, target: Any, ref: Any, out: Path, engine: Any) -> Artifact:
+        if target.name == "ort":
+            (out / "left").touch()
+            raise BackendFailed("DT504", "it must build")
+        return right(self, target, ref, out, engine)
+
+    planted("faster")
+    monkeypatch.setattr(Reference, "_build", build)
+    results = exported(model, "ort-int8", "ort-weight-int8", bench_seconds=1.0)["targets"]
+    assert [(r["status"], r["reason"]) for r in results] == [("failed", "it must build")] * 2
 
 
 def test_it_needs_timing(model: str, tmp_path: Path) -> None:

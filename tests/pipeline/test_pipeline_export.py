@@ -15,6 +15,7 @@ from deploytool.backends import base
 from deploytool.cli.export import exit_code
 from deploytool.errors import InputRefused, UsageProblem
 from deploytool.pipeline import export as pipeline
+from deploytool.pipeline import speed
 from deploytool.pipeline.ahead import Ahead
 from deploytool.pipeline.export import Options, make_plan
 from deploytool.report.table import export_table
@@ -159,7 +160,7 @@ def test_a_quantized_target_is_held_against_its_plain_sibling(
         return {"p50_ms": 1.0, "p90_ms": 1.0, "p99_ms": 1.0, "peak_rss_bytes": 5, "notes": [],
                 "against": {name: dict(figures) for name in references}}  # fmt: skip
 
-    monkeypatch.setattr(pipeline, "compare", compare)
+    monkeypatch.setattr(speed, "compare", compare)
     report = exported(model, "ort", "ort-int8", bench_seconds=1.0)
     result = by_target(report)["ort-int8"]
     assert asked == [["eager"], ["eager", "ort"]]
@@ -282,7 +283,7 @@ def test_an_engine_for_other_hardware_is_not_executed(
     pytest.importorskip("tensorrt_rtx")
     if base.nvidia_driver():
         pytest.skip("an NVIDIA driver is here: the engine would run")
-    monkeypatch.setattr(pipeline, "compare", lambda *_, **__: pytest.fail("it was timed"))
+    monkeypatch.setattr(speed, "compare", lambda *_, **__: pytest.fail("it was timed"))
     report = exported(model, "trt", bench_seconds=1.0)
     (result,) = report["targets"]
     assert result["status"] == "ok" and result["executed"] is False and result["speed"] is result["memory"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -93,4 +94,33 @@ def test_the_front() -> None:
     result = {"configurations": found, "front": front(found), "chosen": found[0], "anchor": "small", "findings": []}
     table = grid_table(tune_grid(result)).splitlines()
     assert table[2].startswith("quick") and "chosen" in table[2] and "yes" in table[2]
-    assert plot(result).count("<circle") == 5 and plot({**result, "configurations": []}) == ""
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_picture(timed: bool) -> None:
+    """Both axes say what they are and from where to where, each point stands in its place, the front's are joined.
+
+    Where nothing was timed the drop takes the place of the time; what was not evaluated has none and is not drawn.
+    """
+    found = [one("quick", 0.5, 4_000_000, 0.0), one("a & b", 1.0, 1_000_000, 0.02),
+             one("worse", 0.707107, 4_000_000, 0.01), one("new", 2.0, 16_000_000, None, "not evaluated")]  # fmt: skip
+    if not timed:
+        found = [{**configuration, "relative_time": None, "p50_ms": {}} for configuration in found]
+    result = {"configurations": found, "front": front(found), "chosen": found[1], "anchor": "a & b" if timed else None}
+    root = ElementTree.fromstring(plot(result))
+    texts = [node.text for node in root.iter() if node.tag.endswith("}text")]
+    circles = {node[0].text: (float(node.attrib["cx"]), float(node.attrib["cy"]), node.attrib["r"])
+               for node in root.iter() if node.tag.endswith("}circle")}  # fmt: skip
+    (line,) = [node.attrib["points"] for node in root.iter() if node.tag.endswith("}polyline")]
+    if timed:
+        assert texts[:2] == ["time of a run, relative to a & b (0.5 to 2)", "size, MB (1 to 16)"]
+        assert circles == {"quick": (60, 210, "4"), "a & b": (360, 360, "7"), "worse": (210, 210, "4"),
+                           "new": (660, 60, "4")}  # fmt: skip
+        assert line == "360.0,360.0 60.0,210.0"
+    else:
+        assert texts[:2] == ["drop of the quality, % (0 to 2)", "size, MB (1 to 4)"]
+        assert circles == {"quick": (60, 60, "4"), "a & b": (660, 360, "7"), "worse": (360, 60, "4")}
+        assert line == "660.0,360.0 60.0,60.0"
+    assert sorted(texts[2:]) == ["a & b", "quick"]
+    assert plot({**result, "configurations": []}) == ""
+    assert (plot({**result, "configurations": found[3:]}) == "") is not timed

@@ -68,6 +68,24 @@ def test_every_combination(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {c.changes[0] for c in configs if len(c.changes) == 1} == singles
 
 
+@pytest.mark.parametrize(
+    ("usable", "physical", "threads"),
+    [(1, 1, []), (2, 2, [1]), (3, 3, [1]), (4, 2, [1]), (4, 4, [1, 2]), (8, 8, [1, 4]), (8, 4, [1, 2]), (8, 16, [1, 4]),
+     (8, None, [1, 4])],
+)  # fmt: skip
+def test_fewer_threads(usable: int, physical: int | None, threads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread is offered where there are more, half of the physical cores from four on, and none that is set."""
+    monkeypatch.setattr(space, "usable_cores", lambda: usable)
+    monkeypatch.setattr(space, "environment", lambda: {"cpu_flags": [], "cores_physical": physical})
+    for name in ("ort", "openvino"):
+        found = runtime_choices(load_target(name))
+        assert [value for key, value in found if key == "runtime.threads"] == threads
+    set_to_half = Config(load_target("ort")).with_change("runtime.threads", 4).target
+    assert ("runtime.threads", 4) not in runtime_choices(set_to_half)
+    names = [config.name for config in everything(Config(load_target("openvino")), "latency")]
+    assert names == ["openvino", *(f"openvino threads={n}" for n in threads)]
+
+
 def test_quick_builds_come_first() -> None:
     """Unquantized targets are tried before quantized ones: the anchor is one of them."""
     found = [config.profile.name for config in bases([load_target(n) for n in ("ort-int8", "openvino", "ort")], ())]
