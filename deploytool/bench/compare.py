@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from deploytool.artifact import Artifact
+from deploytool.backends.engine import threads_of
 from deploytool.bench import environment as surroundings
 from deploytool.bench.blocks import Block, measure, medians, undisturbed
-from deploytool.bench.energy import Meter
+from deploytool.bench.energy import GPU_KEY, Counter, counters_for, on_gpu
 from deploytool.bench.serve import THREAD_LIMITS
 from deploytool.bench.statistics import MIN_BLOCKS, percentile, runs_needed, speedup, spread, sure_percentile
 from deploytool.worker import Limits, Worker
@@ -24,6 +26,7 @@ _WARM_UP_RUNS = 10_000
 _GUARD_THREADS = 8
 _SURE = 0.10  # a difference this large is not of one layout of memory
 _OPENER = "deploytool.backends.base:open_artifact"
+_NO_COUNTERS: Mapping[str, Counter | None] = {}
 
 
 class Process:
@@ -31,11 +34,13 @@ class Process:
 
     def __init__(
         self, worker: Worker, artifact: Artifact, case: Path, opener: str = _OPENER,
-        settings: Mapping[str, Any] | None = None, meter: Meter | None = None,
+        settings: Mapping[str, Any] | None = None, counters: Mapping[str, Counter | None] = _NO_COUNTERS,
     ):  # fmt: skip
         self._worker = worker
-        self._meter = meter
-        self._joules: list[float] = []
+        self._counters = {key: counter for key, counter in counters.items() if counter}
+        self._joules: dict[str, list[float]] = {key: [] for key in counters}
+        artifact = replace(artifact, settings={**artifact.settings, **(settings or {})})
+        self._threads = None if on_gpu(artifact) else threads_of(artifact)
         worker.create("deploytool.bench.serve:Served", folder=str(artifact.folder.absolute()),
                       case=str(case.absolute()), settings=dict(settings or {}), opener=opener)  # fmt: skip
         self.loading: dict[str, float] = worker.invoke("loading")
@@ -49,20 +54,20 @@ class Process:
         self._worker.invoke("warm_up", seconds=seconds, max_runs=_WARM_UP_RUNS)
 
     def time_block(self, seconds: float) -> list[float]:
-        if self._meter:
-            self._meter.lap()
+        for counter in self._counters.values():
+            counter.lap()
         times: list[float] = self._worker.invoke("time_block", seconds=seconds)
-        if self._meter:
-            self._joules.append(self._meter.lap() / len(times))
+        for key, counter in self._counters.items():
+            self._joules[key].append(counter.lap() / len(times))
         return times
 
     def rest(self) -> None:
         self._worker.invoke("rest")
 
     def costs(self) -> dict[str, Any]:
-        """load_s, cold_start_ms, peak_rss_bytes, and joules_per_run: the median turn, of the whole machine, or None."""
-        joules = float(np.median(self._joules)) if self._joules else None
-        return {**self.loading, **self._worker.invoke("memory"), "joules_per_run": joules}
+        """threads, load_s, cold_start_ms, peak_rss_bytes, and of each counter the median turn per run, or None."""
+        joules = {key: float(np.median(seen)) if seen else None for key, seen in self._joules.items()}
+        return {"threads": self._threads, **self.loading, **self._worker.invoke("memory"), **joules}
 
 
 def compare(
@@ -79,9 +84,10 @@ def compare(
     """Time `candidate` and each reference on the inputs of `case`; the result is JSON.
 
     Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), p90_sure_ms and
-    p99_sure_ms (bounds, or None), runs, blocks, disturbed_blocks, load_s, cold_start_ms, peak_rss_bytes, joules_per_run
-    (None where the environment's "energy" is unavailable), environment, notes, block_medians_ms per reference, and
-    `against`: per reference its own p50_ms, load_s, cold_start_ms, peak_rss_bytes, joules_per_run, and speedup
+    p99_sure_ms (bounds, or None), runs, blocks, disturbed_blocks, threads (of the engine; None where it runs on a GPU),
+    load_s, cold_start_ms, peak_rss_bytes, joules_per_run and gpu_joules_per_run (None where the environment's "energy"
+    and "gpu_energy" say why), environment, notes, block_medians_ms per reference, and `against`: per reference its own
+    p50_ms, threads, load_s, cold_start_ms, peak_rss_bytes, joules_per_run, gpu_joules_per_run, and speedup
     (reference time over candidate time), speedup_ci (95 %; None below five undisturbed blocks, which decide nothing),
     speedup_range (the lowest and highest ratio of the blocks), verdict, confirmed.
 
@@ -155,15 +161,17 @@ class _Session:
             threads = _guard_threads([self._candidate, *references.values()])
             guard.create("deploytool.bench.serve:Guard", threads=threads)
             opened: dict[str, Process] = {}
-            meter, energy = Meter.or_reason()
-            for name, artifact in {"": self._candidate, **references}.items():
+            artifacts = {"": self._candidate, **references}
+            counters, energy = counters_for(artifacts.values())
+            for name, artifact in artifacts.items():
                 self.say(f"opening {name or 'the candidate'}")
                 worker = stack.enter_context(Worker(f"bench {name or 'candidate'}", self._limits))
-                opened[name] = Process(worker, artifact, self._case, self._opener, meter=meter)
+                own = counters if on_gpu(artifact) else {**counters, GPU_KEY: None}
+                opened[name] = Process(worker, artifact, self._case, self._opener, counters=own)
             for process in opened.values():
                 process.warm_up(min(_WARM_UP_SECONDS, _WARM_UP_SHARE * self._budget))
                 process.rest()
-            environment = {**surroundings.environment(), "energy": energy}
+            environment = {**surroundings.environment(), **energy}
             pids = [guard.pid, *(p.pid for p in opened.values())]
             start = surroundings.usage(pids)
             others = {name: opened[name] for name in references}

@@ -62,13 +62,14 @@ def measure_decoding(
 
     Each artifact has a process of its own; the median of the rounds counts. Keys: prompt_tokens, new_tokens, rounds,
     prefill_tokens_per_s, decode_tokens_per_s of the first artifact, and `against`: per other artifact its own two
-    rates, and prefill_speedup and decode_speedup, medians of the rounds' ratios.
+    rates, prefill_speedup and decode_speedup, medians of the rounds' ratios, and prefill_speedup_range and
+    decode_speedup_range, the lowest and highest of them.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in artifacts}
     with ExitStack() as stack:
         workers = {}
         for name, artifact in artifacts.items():
-            worker = stack.enter_context(Worker(f"decoding {name}", limits))
+            worker = stack.enter_context(Worker(f"decoding {name or 'candidate'}", limits))
             worker.create("deploytool.bench.decoding:Decoding", folder=str(artifact.folder.absolute()), prompt=prompt,
                           new=new, seed=seed, opener=opener)  # fmt: skip
             workers[name] = worker
@@ -80,10 +81,15 @@ def measure_decoding(
 
 def told(figures: Mapping[str, Any]) -> str:
     """The figures of `measure_decoding` as a sentence."""
-    parts = [f"{name} {found['decode_speedup']:.2f}x and {found['prefill_speedup']:.2f}x"
+    parts = [f"{name} {_ratio(found, 'decode')} and {_ratio(found, 'prefill')}"
              for name, found in figures["against"].items()]  # fmt: skip
     return (f"decodes {figures['decode_tokens_per_s']:.1f} tokens/s after a prompt of {figures['prompt_tokens']}, read "
             f"at {figures['prefill_tokens_per_s']:.0f}; that is, against " + ", ".join(parts))  # fmt: skip
+
+
+def _ratio(found: Mapping[str, Any], part: str) -> str:
+    low, high = found[f"{part}_speedup_range"]
+    return f"{found[f'{part}_speedup']:.2f}x (rounds {low:.2f} to {high:.2f})"
 
 
 def summarize_decoding(times: Mapping[str, list[dict[str, float]]], prompt: int, new: int) -> dict[str, Any]:
@@ -92,10 +98,13 @@ def summarize_decoding(times: Mapping[str, list[dict[str, float]]], prompt: int,
     rates = {name: {"prefill_tokens_per_s": prompt / statistics.median(t["prefill"] for t in found),
                     "decode_tokens_per_s": new / statistics.median(t["decode"] for t in found)}
              for name, found in times.items()}  # fmt: skip
-    against = {
-        name: {**rates[name], **{f"{part}_speedup": statistics.median(b[part] / a[part] for a, b in
-                                                                      zip(own, found, strict=True))
-                                 for part in ("prefill", "decode")}}
-        for name, found in others
-    }  # fmt: skip
+    against = {name: {**rates[name], **_speedups(own, found)} for name, found in others}
     return {"prompt_tokens": prompt, "new_tokens": new, "rounds": len(own), **rates[first], "against": against}
+
+
+def _speedups(own: list[dict[str, float]], other: list[dict[str, float]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in ("prefill", "decode"):
+        ratios = [b[part] / a[part] for a, b in zip(own, other, strict=True)]
+        found |= {f"{part}_speedup": statistics.median(ratios), f"{part}_speedup_range": [min(ratios), max(ratios)]}
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,12 +54,23 @@ class Machine:
         self._blocks[number].max()
 
 
-def roofline(p50_ms: float, flop: int, weight_bytes: int, peaks: dict[str, float]) -> dict[str, Any]:
+def roofline(
+    p50_ms: float, flop: int, weight_bytes: int, before: Mapping[str, float], after: Mapping[str, float]
+) -> dict[str, Any]:
     """`floor_ms`: no fp32 engine that reads its weights from memory can take less; `share`: floor over measured time.
 
-    An int8 engine, and one whose weights stay in a cache, can exceed 1. `bound` says which of the two decides.
+    `before` and `after` are the peaks around the timing; the better ones count, and `peaks` has both. An int8 engine,
+    and one whose weights stay in a cache, can exceed a share of 1. `bound` says which of the two decides.
     """
-    compute, memory = 1e3 * flop / peaks["flops"], 1e3 * weight_bytes / peaks["read_bytes_per_s"]
+    best = {name: max(peak, after[name]) for name, peak in before.items()}
+    compute, memory = 1e3 * flop / best["flops"], 1e3 * weight_bytes / best["read_bytes_per_s"]
     floor = max(compute, memory)
-    return {"flop": flop, "weight_bytes": weight_bytes, **peaks, "floor_ms": floor, "share": floor / p50_ms,
-            "bound": "compute" if compute >= memory else "memory"}  # fmt: skip
+    return {
+        "flop": flop,
+        "weight_bytes": weight_bytes,
+        **best,
+        "peaks": {"before": before, "after": after},
+        "floor_ms": floor,
+        "share": floor / p50_ms,
+        "bound": "compute" if compute >= memory else "memory",
+    }

@@ -24,6 +24,7 @@ MIN_BLOCKS = 5  # a bootstrap of fewer has too few distinct resamples for a 95 %
 _TRIM = 0.2
 _TRIM_FROM = 8  # blocks; the trimmed mean of fewer has an interval twice as wide as the mean's
 _RESAMPLES = 4000
+_NOTHING_TOLD = 20.0  # half of the widest interval of ln(ratio): resamples that are nearly equal know no bound
 
 
 def positive(values: Sequence[float]) -> NDArray[np.float64]:
@@ -131,7 +132,8 @@ def speedup(log_ratios: Sequence[float], *, seed: int, confidence: float = 0.95)
     if error == 0 or not usable.any():
         return Speedup(math.exp(center), math.exp(float(values.min())), math.exp(float(values.max())))
     distances = np.abs(drawn_means[usable] - center) / drawn_errors[usable]
-    half, wide = (float(h) * error for h in np.quantile(distances, [confidence, max(confidence, CLAIM_CONFIDENCE)]))
+    quantiles = np.quantile(distances, [confidence, max(confidence, CLAIM_CONFIDENCE)])
+    half, wide = (min(float(q) * error, _NOTHING_TOLD) for q in quantiles)
     return Speedup(math.exp(center), math.exp(center - half), math.exp(center + half),
                    math.exp(center - wide), math.exp(center + wide))  # fmt: skip
 

@@ -31,6 +31,7 @@ def command(
     sizes: dict[str, int], roofline: bool, seed: int, limits: Limits, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Time the first of ARTIFACTS against the others, interleaved; alone, against its eager model."""
+    from deploytool.bench.decoding import told
     from deploytool.pipeline.again import bench_again
     from deploytool.pipeline.export import Options
     from deploytool.pipeline.timing import noise_of, roofline_of, throughput_of
@@ -56,6 +57,8 @@ def command(
     else:
         result = bench_again(artifacts, sizes, how, options.say(quiet))
         lines = _lines(result)
+        if "decoding" in result:
+            lines.append(f"  {told(result['decoding'])}")
     if as_json:
         options.print_json(result)
     else:
@@ -69,8 +72,13 @@ def _noise_line(noise: dict[str, Any]) -> str:
 
 
 def _roofline_line(found: dict[str, Any]) -> str:
+    both = " and ".join(f"{_peaks_text(found['peaks'][when])} {when}" for when in ("before", "after"))
     return (f"  roofline: {found['floor_ms']:.3f} ms at least, by {found['bound']}; {found['share']:.0%} of it reached "
-            f"({found['flops'] / 1e9:.0f} GFLOP/s, {found['read_bytes_per_s'] / 1e9:.1f} GB/s)")  # fmt: skip
+            f"({_peaks_text(found)}; {both})")  # fmt: skip
+
+
+def _peaks_text(peaks: dict[str, float]) -> str:
+    return f"{peaks['flops'] / 1e9:.0f} GFLOP/s, {peaks['read_bytes_per_s'] / 1e9:.1f} GB/s"
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

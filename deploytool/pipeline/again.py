@@ -16,9 +16,11 @@ from deploytool.artifact import GOLDEN, Artifact
 from deploytool.backends.base import find_backend
 from deploytool.backends.cut import CUTTERS
 from deploytool.bench.compare import compare
+from deploytool.bench.decoding import measure_decoding
 from deploytool.bench.sizes import resized_case
 from deploytool.bundle.contents import artifact_folders, opened
 from deploytool.cases import Case, case_files, read_cases
+from deploytool.decoding import decodes
 from deploytool.errors import BackendFailed, DeployError, InputRefused
 from deploytool.gate.check import check
 from deploytool.gate.limits import GateLimits
@@ -240,6 +242,7 @@ def _result(
 def bench_again(paths: Sequence[Path], sizes: Mapping[str, int], options: Options, say: Say) -> dict[str, Any]:
     """Time the artifact at the first path against those at the others, or against its eager model when alone.
 
+    Of language models with a cache, prefill and decoding are timed too: "decoding".
     `sizes` of free dimensions are those of the inputs; with none they are the first that were recorded.
     """
     with ExitStack() as stack:
@@ -253,7 +256,11 @@ def bench_again(paths: Sequence[Path], sizes: Mapping[str, int], options: Option
                 raise InputRefused("DT308", f"artifacts must take the same inputs to be compared (got {path})",
                                    detail=[str(candidate.signature), str(artifact.signature)])  # fmt: skip
         case = stack.enter_context(inputs_at(candidate, sizes))
-        return {"artifact": str(paths[0]), **timed(candidate, references, case, options, say)}
+        result = {"artifact": str(paths[0]), **timed(candidate, references, case, options, say)}
+        if decodes(candidate.signature):
+            say("timing prefill and decoding")
+            result["decoding"] = measure_decoding({"": candidate, **references}, options.limits, seed=options.seed)
+        return result
 
 
 @contextmanager

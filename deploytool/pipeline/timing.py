@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deploytool import worker
-from deploytool.artifact import GOLDEN
-from deploytool.bench.environment import environment, usable_cores
+from deploytool.artifact import GOLDEN, Artifact
+from deploytool.backends.engine import threads_of
+from deploytool.bench.environment import environment
 from deploytool.bench.noise import ITSELF, noise_floor
 from deploytool.bench.roofline import roofline
 from deploytool.bench.serve import THREAD_LIMITS
@@ -48,10 +49,16 @@ def roofline_of(path: Path, sizes: Mapping[str, int], options: Options, say: Say
         say("counting operations")
         flop = worker.run(f"counting {ref.name}", "deploytool.load.flops:flops_job", options.limits,
                           ref=asdict(ref), case=str(case))  # fmt: skip
+        say("measuring the machine, before and after")
+        before = _peaks(artifact, options)
         found = timed(artifact, {}, case, options, say)
-        threads = int(artifact.settings.get("threads") or 0) or usable_cores()
-        with worker.Worker("bench roofline", options.limits, THREAD_LIMITS) as machine:
-            machine.create("deploytool.bench.roofline:Machine", threads=threads)
-            peaks = machine.invoke("peaks")
-        share = roofline(found["p50_ms"], flop, artifact.size_bytes, peaks)
+        share = roofline(found["p50_ms"], flop, artifact.size_bytes, before, _peaks(artifact, options))
     return {"artifact": str(path), **found, "roofline": share}
+
+
+def _peaks(artifact: Artifact, options: Options) -> dict[str, float]:
+    """What the machine can do with as many threads as the artifact runs with."""
+    with worker.Worker("bench roofline", options.limits, THREAD_LIMITS) as machine:
+        machine.create("deploytool.bench.roofline:Machine", threads=threads_of(artifact))
+        peaks: dict[str, float] = machine.invoke("peaks")
+        return peaks

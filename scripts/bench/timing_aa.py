@@ -3,15 +3,17 @@
 
 Four regimes: idle, one core busy, memory traffic, bursts. Traces are simulated (any number, no machine needed) or
 recorded here (`--record FILE`: two processes that run the same two-threaded work, in blocks, while this script makes
-the disturbance; then `--replay FILE`). A recorded comparison is made of blocks of two recorded sessions, drawn as
-contiguous stretches, with the sides of a whole session swapped at random, so that what one process has over the other
-stays in it.
+the disturbance; then `--replay FILE`). A recorded comparison is all blocks of one session, and where it is confirmed of
+another, with the sides of a whole session swapped at random, so that what one process has over the other stays in it.
+With at least two sessions for each comparison each is used once (`"resampled": false`); with fewer they are drawn again
+and again, each time begun at another block.
 
-The same runs are also judged the usual way: the mean of 20 runs of each, one after the other, and a threshold of 2 %.
-Prints JSON.
+The same sessions are also judged the usual way: the mean of 20 runs of each, one after the other, and a threshold of
+2 %. Prints JSON.
 
     python scripts/bench/timing_aa.py --trials 75 > simulated.json
     python scripts/bench/timing_aa.py --record traces.json && python scripts/bench/timing_aa.py --replay traces.json
+    python scripts/bench/timing_aa.py --record traces.json --sessions 150 # about two hours
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from deploytool.bench.environment import environment
 from deploytool.bench.serve import THREAD_LIMITS, Guard
 
 REGIMES = ("idle", "one core busy", "memory traffic", "bursts")
-BUDGET_SECONDS = 20.0
+BUDGET_SECONDS = 12.0  # with which no comparison takes over a minute, overtime and confirmation included
+OPENING_SECONDS, RESTING_SECONDS = 1.0, 0.1  # of a simulated engine: to open it, and until its threads sleep
 USUAL_RUNS, USUAL_THRESHOLD = 20, 0.02
 SESSIONS, BLOCKS, SLOT_SECONDS = 6, 24, 0.1
 RESTART = 0.004  # standard deviation of what a restart changes, as ln(time); recorded sessions have their own
@@ -94,17 +97,18 @@ class Program:
         return times
 
     def rest(self) -> None:
-        self._machine.now += 0.02
+        self._machine.now += RESTING_SECONDS
 
 
 class Simulated:
-    """A session on a simulated machine: each measurement has new processes."""
+    """A session on a simulated machine: each measurement has new processes; `seconds` is all that it took."""
 
     def __init__(self, regime: str, slowdown: float, seed: int):
         self.seconds = 0.0
         self._machine = Machine(regime, seed)
         self._rng = np.random.default_rng([seed, 99])
         self._slowdown = slowdown
+        self._first: tuple[Program, Program] | None = None
 
     def say(self, line: str) -> None:
         pass
@@ -115,7 +119,12 @@ class Simulated:
         return Program(self._machine, 8 * first * (1 + self._slowdown)), Program(self._machine, 8 * second)
 
     def measure(self, references: Mapping[str, Any], seed: int) -> tuple[list[Block], dict[str, Any], dict[str, Any]]:
-        candidate, reference = self.programs()
+        candidate, reference = programs = self.programs()
+        self._first = self._first or programs
+        self._machine.now += 3 * OPENING_SECONDS  # the guard has a process too
+        for program in programs:
+            program.time_block(0.05 * BUDGET_SECONDS)
+            program.rest()
         guard = Program(self._machine, 2.0)
         blocks = measure(candidate, {"r": reference}, lambda: float(np.median(guard.time_block(0.008))),
                          budget_seconds=BUDGET_SECONDS, seed=seed, clock=self._machine.clock)  # fmt: skip
@@ -123,18 +132,24 @@ class Simulated:
         return blocks, {"": {}, "r": {}}, {}
 
     def usual(self) -> tuple[list[float], list[float]]:
-        """Runs of the one, then runs of the other."""
-        candidate, reference = self.programs()
+        """Runs of the one, then runs of the other, of the processes that were measured first."""
+        assert self._first
+        candidate, reference = self._first
         return ([candidate.time_block(0.0)[0] for _ in range(USUAL_RUNS)],
                 [reference.time_block(0.0)[0] for _ in range(USUAL_RUNS)])  # fmt: skip
 
 
 class Replayed:
-    """A session made of recorded blocks; `slowdown` is planted in the candidate's times."""
+    """A session made of recorded blocks; `slowdown` is planted in the candidate's times.
 
-    def __init__(self, sessions: Sequence[Sequence[Mapping[str, Any]]], slowdown: float, seed: int):
+    With `once` it has two recorded sessions of its own, the second for a confirmation; else any, begun anywhere.
+    """
+
+    def __init__(self, sessions: Sequence[Sequence[Mapping[str, Any]]], slowdown: float, seed: int, once: bool = False):
         self._rng = np.random.default_rng([seed, 7])
         self._sessions = sessions
+        self._own = iter(sessions[2 * seed : 2 * seed + 2]) if once else None
+        self._first: tuple[list[float], list[float]] | None = None
         self._slowdown = 1 + slowdown
         self.seconds = 0.0
 
@@ -142,9 +157,10 @@ class Replayed:
         pass
 
     def stretch(self) -> list[tuple[list[list[float]], list[list[float]], tuple[float, float], str]]:
-        """Blocks of one session from a random start on, around its end, with its sides swapped or not."""
-        session = self._sessions[self._rng.integers(len(self._sessions))]
+        """Blocks of one session, with its sides swapped or not; where it is drawn, from any on and around its end."""
+        session = next(self._own) if self._own else self._sessions[self._rng.integers(len(self._sessions))]
         start, swap = int(self._rng.integers(len(session))), bool(self._rng.integers(2))
+        start = 0 if self._own else start
         found = []
         for block in [*session[start:], *session[:start]]:
             a, b = (block["b"], block["a"]) if swap else (block["a"], block["b"])
@@ -153,14 +169,18 @@ class Replayed:
         return found
 
     def measure(self, references: Mapping[str, Any], seed: int) -> tuple[list[Block], dict[str, Any], dict[str, Any]]:
+        stretch = self.stretch()
+        a, b, _, _ = stretch[0]
+        self._first = self._first or ([*a[0], *a[1]], [*b[0], *b[1]])
         blocks = [Block("r", order, tuple(map(tuple, a)), tuple(map(tuple, b)), guard)  # type: ignore[arg-type]
-                  for a, b, guard, order in self.stretch()]  # fmt: skip
+                  for a, b, guard, order in stretch]  # fmt: skip
         self.seconds += sum(map(running, blocks))
         return blocks, {"": {}, "r": {}}, {}
 
     def usual(self) -> tuple[list[float], list[float]]:
-        a, b, _, _ = self.stretch()[0]
-        return a[0][:USUAL_RUNS], b[0][:USUAL_RUNS]
+        """Runs of the one and of the other, of the first block that was measured: of two slots where one has fewer."""
+        assert self._first
+        return self._first[0][:USUAL_RUNS], self._first[1][:USUAL_RUNS]
 
 
 def running(block: Block) -> float:
@@ -186,7 +206,7 @@ def count(make: Callable[[str, float, int], Any], trials: int, slowdown: float) 
             result = judged(session, {"r": None}, seed)
             seconds.append(session.seconds)
             ours[result["against"]["r"]["verdict"]] += 1
-            usual[usual_verdict(*make(regime, slowdown, seed + 10_000).usual())] += 1
+            usual[usual_verdict(*session.usual())] += 1
         found[regime] = {"ours": dict(ours), "usual": dict(usual),
                          "seconds_each": {"median": float(np.median(seconds)), "most": max(seconds)}}  # fmt: skip
         print(f"{slowdown:.0%} {regime}: {found[regime]}", file=sys.stderr)
@@ -202,7 +222,7 @@ def compared(make: Callable[[str, float, int], Any], trials: int) -> dict[str, A
     """A/A and a planted slowdown of 3 %."""
     equal, slower = count(make, trials, 0.0), count(make, trials, 0.03)
     return {
-        "comparisons": trials * len(REGIMES), "budget_seconds": BUDGET_SECONDS, "equal": equal, "three_percent": slower,
+        "comparisons": trials * len(REGIMES), "equal": equal, "three_percent": slower,
         "false_alarms": {way: told(equal, trials, way, ("faster", "slower")) for way in ("ours", "usual")},
         "found_or_undecided": {way: told(slower, trials, way, ("slower", "undecided")) for way in ("ours", "usual")},
         "found": {way: told(slower, trials, way, ("slower",)) for way in ("ours", "usual")},
@@ -282,19 +302,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=75, help="per regime, for equal programs and for slower ones")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--sessions", type=int, default=SESSIONS, help="with --record: how many of each disturbance")
     parser.add_argument("--replay", type=Path)
     given = parser.parse_args()
     if given.record:
         if any(os.environ.get(name) != value for name, value in THREAD_LIMITS.items()):
             subprocess.run([sys.executable, __file__, *sys.argv[1:]], env=os.environ | THREAD_LIMITS, check=True)
         else:
-            record(given.record, SESSIONS, BLOCKS)
+            record(given.record, given.sessions, BLOCKS)
     elif given.replay:
         data = json.loads(given.replay.read_text())
-        result = compared(lambda regime, slowdown, seed: Replayed(data["traces"][regime], slowdown, seed), given.trials)
-        print(json.dumps({"traces": "recorded", "environment": data["environment"], **result}, indent=2))
+        traces = data["traces"]
+        once = all(len(sessions) >= 2 * given.trials for sessions in traces.values())
+        result = compared(lambda regime, slowdown, seed: Replayed(traces[regime], slowdown, seed, once), given.trials)
+        about = {"traces": "recorded", "sessions": min(map(len, traces.values())), "resampled": not once}
+        print(json.dumps({**about, "environment": data["environment"], **result}, indent=2))
     else:
-        print(json.dumps({"traces": "simulated", **compared(Simulated, given.trials)}, indent=2))
+        about = {"traces": "simulated", "budget_seconds": BUDGET_SECONDS}
+        print(json.dumps({**about, **compared(Simulated, given.trials)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from deploytool.artifact import Artifact
+from deploytool.bench import energy
 from deploytool.bench.blocks import Block
 from deploytool.bench.compare import _Session, compare
 from deploytool.bench.energy import Meter
+from deploytool.bench.environment import usable_cores
 from deploytool.bench.noise import ITSELF, noise_floor
 from deploytool.bench.statistics import MIN_BLOCKS
 from deploytool.bench.throughput import throughput
@@ -104,6 +107,38 @@ def test_energy_is_told_where_it_can_be_read(
     assert seen["environment"]["energy"] == "RAPL"
     for figures in (seen, seen["against"]["other"]):
         assert 0.05 < figures["joules_per_run"] <= 2.0  # 2 J a turn of at most some twenty runs
+        assert figures["gpu_joules_per_run"] is None
+    assert seen["environment"]["gpu_energy"].startswith("not read: nothing here runs on")
+
+
+class _Gpus:
+    """A counter of GPUs that goes up by three joules from lap to lap."""
+
+    def lap(self) -> float:
+        return 3.0
+
+
+def test_what_runs_on_a_gpu(artifact: Callable[..., Artifact], case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of a GPU has the GPU's joules and no threads of its own; what runs on the CPU has no such joules."""
+    engine = replace(artifact("engine", seconds=0.01), format="tensorrt").save()
+    how = {"limits": LIMITS, "budget_seconds": 0.5, "seed": 0, "opener": OPENER}
+    other = artifact("other", seconds=0.01, threads=1)
+    monkeypatch.setattr(energy, "_NVML", "libno-such-nvml.so.1")
+    dark = compare(engine, {"other": other}, case, **how)
+    assert dark["gpu_joules_per_run"] is None and "libno-such-nvml" in dark["environment"]["gpu_energy"]
+    monkeypatch.setattr(energy, "GpuMeter", _Gpus)
+    seen = compare(engine, {"other": other}, case, **how)
+    assert seen["environment"]["gpu_energy"] == "NVML" and 0.05 < seen["gpu_joules_per_run"] <= 3.0
+    assert seen["against"]["other"]["gpu_joules_per_run"] is None
+    assert (seen["threads"], seen["against"]["other"]["threads"]) == (None, 1)
+
+
+def test_threads_are_told(artifact: Callable[..., Artifact], case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each side says how many threads its engine runs with: what its settings say, else the cores that it takes."""
+    monkeypatch.setattr("deploytool.backends.engine.psutil.cpu_count", lambda logical=True: 64)
+    two, free = artifact("two", seconds=0.001, threads=2), artifact("free", seconds=0.001)
+    result = compare(two, {"free": free}, case, limits=LIMITS, budget_seconds=0.2, seed=0, opener=OPENER)
+    assert (result["threads"], result["against"]["free"]["threads"]) == (2, usable_cores())
 
 
 def test_alone(artifact: Callable[..., Artifact], case: Path) -> None:

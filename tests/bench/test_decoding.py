@@ -16,4 +16,6 @@ def test_rates_and_ratios_are_of_the_parts() -> None:
     assert found["prefill_tokens_per_s"] == 256
     assert found["against"]["eager"]["decode_speedup"] == pytest.approx(3.0)
     assert found["against"]["eager"]["prefill_speedup"] == pytest.approx(2.0)
-    assert "eager 3.00x and 2.00x" in told(found)
+    assert found["against"]["eager"]["decode_speedup_range"] == pytest.approx([3.0, 4.0])
+    assert found["against"]["eager"]["prefill_speedup_range"] == pytest.approx([1.0, 4.0])
+    assert "eager 3.00x (rounds 3.00 to 4.00) and 2.00x (rounds 1.00 to 4.00)" in told(found)

@@ -7,11 +7,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from deploytool.bench import blocks
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "timing_aa.py"
 TRIALS = 6
+MINUTE = 60.0
+
+
+def _block(a: float, b: float) -> dict[str, Any]:
+    """A recorded block of so many milliseconds for each side."""
+    return {"order": "ABBA", "a": [[a] * 30] * 2, "b": [[b] * 30] * 2, "guard": [1.0, 1.0]}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +41,35 @@ def test_no_false_alarm_and_no_slowdown_called_faster(script: ModuleType) -> Non
     assert result["called_faster"]["ours"] == 0
     assert result["found_or_undecided"]["ours"] >= 0.95
     assert result["three_percent"]["idle"]["ours"]["slower"] >= TRIALS - 1
+    longest = max(r["seconds_each"]["most"] for of in ("equal", "three_percent") for r in result[of].values())
+    assert script.BUDGET_SECONDS < longest <= MINUTE
+
+
+def test_no_comparison_takes_over_a_minute(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured and confirmed, both with all their overtime: opening, warming, runs and rests stay below a minute."""
+    monkeypatch.setattr(blocks, "undisturbed", lambda found: [])  # no block ever counts
+    for regime in script.REGIMES:
+        session = script.Simulated(regime, 0.03, seed=0)
+        for seed in range(2):
+            session.measure({"r": None}, seed)
+        assert 4 * script.BUDGET_SECONDS < session.seconds <= MINUTE
+
+
+def test_each_session_is_used_once(script: ModuleType) -> None:
+    """With two sessions for each comparison, the first is measured whole and the second confirms; no other is read."""
+    sessions = [[_block(10.0 + session, 20.0 + session)] * 6 for session in range(4)]
+    for seed in range(2):
+        session = script.Replayed(sessions, 0.0, seed, once=True)
+        found = [session.measure({}, 0)[0] for _ in range(2)]
+        assert [len(part) for part in found] == [6, 6]
+        times = [{round(t) for b in part for t in (*b.candidate_ms[0], *b.reference_ms[1])} for part in found]
+        assert times == [{10 + n, 20 + n} for n in (2 * seed, 2 * seed + 1)]
+        assert {round(t) for runs in session.usual() for t in runs} == times[0]
 
 
 def test_a_replay_keeps_what_was_planted(script: ModuleType) -> None:
     """Recorded blocks give back their own ratio, whichever side they are put on, and what is planted on top."""
-    block = {"order": "ABBA", "a": [[10.0] * 30, [10.0] * 30], "b": [[10.0] * 30, [10.0] * 30], "guard": [1.0, 1.0]}
+    block = _block(10.0, 10.0)
     for slowdown, verdict in ((0.0, "same"), (0.05, "slower")):
         session = script.Replayed([[block] * 12], slowdown, seed=0)
         assert script.judged(session, {"r": None}, 0)["against"]["r"]["verdict"] == verdict

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from deploytool.artifact import Artifact
+from deploytool.bench.decoding import summarize_decoding
 from deploytool.cases import Case, read_cases
+from deploytool.cli.main import run
 from deploytool.cli.verify import command
 from deploytool.errors import InputRefused, IntegrityBroken
 from deploytool.pipeline import again
@@ -203,6 +205,32 @@ def test_inputs_are_timed_at_the_sizes_that_are_asked_for(out: Path, monkeypatch
     assert [r["sizes"] for r in results] == [{"batch": shape[0]} for shape in asked]
     with pytest.raises(InputRefused, match="free dimensions"):
         bench_again(both, {"bach": 5}, how, lambda line: None)
+
+
+def test_a_language_model_is_timed_by_parts(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What decodes has its prefill and decoding timed against the others too; what does not has no such figures."""
+    figures = {"p50_ms": 2.0, "speedup": 2.0, "speedup_ci": [1.9, 2.1], "speedup_range": [1, 3], "verdict": "faster"}
+
+    def compare(candidate: Artifact, references: dict[str, Artifact], case: Path, **_: Any) -> dict[str, Any]:
+        return {"p50_ms": 1.0, "runs": 9, "against": dict.fromkeys(references, figures), "notes": []}
+
+    def measured(artifacts: dict[str, Artifact], limits: Any, seed: int) -> dict[str, Any]:
+        seconds = {"ort": 1.0, "torchscript": 2.0}
+        rounds = {name: [{"prefill": 1.0, "decode": seconds[a.target["name"]]}] for name, a in artifacts.items()}
+        return summarize_decoding(rounds, prompt=128, new=64)
+
+    monkeypatch.setattr(again, "compare", compare)
+    monkeypatch.setattr(again, "measure_decoding", measured)
+    both = [str(out / "ort"), str(out / "torchscript")]
+    assert run(["bench", *both, "--quiet"]) == 0
+    assert "tokens/s" not in capsys.readouterr().out
+    monkeypatch.setattr(again, "decodes", lambda signature: True)
+    assert run(["bench", *both, "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "decodes 64.0 tokens/s after a prompt of 128" in said and f"{both[1]} 2.00x (rounds 2.00 to 2.00)" in said
+    assert bench_again([Path(p) for p in both], {}, Options(out=out), lambda line: None)["decoding"]["rounds"] == 1
 
 
 def test_replay_gives_the_recorded_outputs(out: Path) -> None:

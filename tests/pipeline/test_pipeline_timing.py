@@ -32,6 +32,7 @@ def test_each_way_of_timing_one_artifact(artifact: Path) -> None:
     assert [row["batch"] for row in rows] == [1, 4] and all(row["items_per_s"] > 0 for row in rows)
     floor = roofline_of(artifact, {"batch": 2}, how, lambda line: None)["roofline"]
     assert floor["flop"] == 2 * 2 * (8 * 32 + 32 * 4) and floor["floor_ms"] > 0
+    assert floor["flops"] == max(floor["peaks"][when]["flops"] for when in ("before", "after"))
     json.dumps([noise, rows, floor], allow_nan=False)
 
 
