@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-# A search whose last part is short, and has everything that keeps the quality in it, however slow.
+# A short search, whose last part has everything that keeps the quality in it, however slow.
 SHORT = """
 import math, sys
 from deploytool.cli.main import run
 from deploytool.tune import search
 
 search._HEATS, search._NEAR, search._FINAL_ROUNDS = (2,), (math.inf,), 2
+search._RACE_ROUNDS, search._BUILDS_TO_VARY = 1, 0
 sys.exit(run(sys.argv[1:]))
 """
 WHOLE = ("-m", "deploytool")
