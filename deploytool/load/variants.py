@@ -31,6 +31,28 @@ def parity_feeds(signature: Signature, samples: Iterable[Mapping[str, np.ndarray
     return feeds
 
 
+def further_rows(signature: Signature, feeds: Sequence[Outputs]) -> list[Outputs]:
+    """Feeds of one, two and three rows where none has so many: the sizes that engines treat apart, and an odd one.
+
+    Rows are those of the smallest feed, in turn. Other dimensions are left: what cutting does to data is not known.
+    """
+    full = [feed for feed in feeds if all(signature.bind(feed).values())]
+    if not full:
+        return []
+    smallest = min(full, key=lambda feed: sum(array.nbytes for array in feed.values()))
+    made: list[Outputs] = []
+    for dim in filter(lambda dim: _is_batch(signature, dim), signature.free):
+        seen = {sizes[dim] for sizes in map(signature.bind, feeds)}
+        lacking = {1, 2} - seen if any(size % 2 and size > 1 for size in seen) else {1, 2, 3} - seen
+        made += [_rows(signature, smallest, dim, count) for count in sorted(lacking)]
+    return made
+
+
+def _rows(signature: Signature, feed: Outputs, dim: str, count: int) -> Outputs:
+    size = signature.bind(feed)[dim]
+    return _take(signature, feed, dim, [index % size for index in range(count)])
+
+
 def _is_batch(signature: Signature, dim: str) -> bool:
     """Whether real samples can be joined along it: it is the first axis wherever it stands."""
     return all(dim not in spec.shape[1:] for spec in signature.inputs)
@@ -60,13 +82,13 @@ def _cut(signature: Signature, feeds: Sequence[Outputs], dim: str) -> list[Outpu
     longest = max(feeds, key=lambda f: signature.bind(f)[dim])
     size = signature.bind(longest)[dim]
     kept = sorted({part for part in (size // 2, size // 4) if part > 0})
-    return [_take(signature, longest, dim, part) for part in kept]
+    return [_take(signature, longest, dim, range(part)) for part in kept]
 
 
-def _take(signature: Signature, feeds: Outputs, dim: str, size: int) -> Outputs:
+def _take(signature: Signature, feeds: Outputs, dim: str, picked: Sequence[int]) -> Outputs:
     cut = dict(feeds)
     for spec in signature.inputs:
         for axis, name in enumerate(spec.shape):
             if name == dim:
-                cut[spec.name] = np.take(cut[spec.name], range(size), axis=axis)
+                cut[spec.name] = np.take(cut[spec.name], picked, axis=axis)
     return cut

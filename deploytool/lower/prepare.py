@@ -34,7 +34,7 @@ from deploytool.load.digest import weights_digest
 from deploytool.load.infer import refused_size
 from deploytool.load.model import open_source
 from deploytool.load.track import tracking
-from deploytool.load.variants import parity_feeds, shapes
+from deploytool.load.variants import further_rows, parity_feeds, shapes
 from deploytool.lower.encodings import write_encodings
 from deploytool.lower.onnx import Exporter, lower_onnx
 from deploytool.lower.onnx_take import take_onnx
@@ -59,6 +59,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     hashing = ThreadPoolExecutor(1)  # beside torch: it takes as long as reading the weights
     digests = {path: hashing.submit(sha256_file, path) for path in source.dependencies if path.is_file()}
     feeds = parity_feeds(source.signature, map(_arrays, source.samples()))
+    feeds += [feed for feed in further_rows(source.signature, feeds) if _takes(source, feed)]
     _record_cases(source, feeds, folder / "cases", source.seen)  # the first feeds are the samples
     weights = {source.ref.path: weights_digest(source.module)}
     if source.original is not None:
@@ -127,6 +128,15 @@ def _run(source: Source, feeds: Outputs) -> Outputs:
     return {name: t.numpy() for name, t in zip(source.signature.output_names, tensors, strict=True)}
 
 
+def _takes(source: Source, feeds: Outputs) -> bool:
+    """Whether the model gives numbers for a feed that no sample asks of it."""
+    try:
+        outputs = _run(source, feeds)
+    except Exception:  # the module's own words about a number of rows; verify says which were not compared
+        return False
+    return not any(array.dtype.kind == "f" and np.isnan(array).any() for array in outputs.values())
+
+
 def _refuse_nan(outputs: Outputs, index: int) -> None:
     bad = [name for name, array in outputs.items() if array.dtype.kind == "f" and np.isnan(array).any()]
     if bad:
@@ -169,4 +179,3 @@ def _copy_assets(source: Source, folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
     for path in source.assets:
         shutil.copyfile(path, folder / path.name)
-

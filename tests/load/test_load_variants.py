@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deploytool.errors import InputRefused
-from deploytool.load.variants import parity_feeds, shapes
+from deploytool.load.variants import further_rows, parity_feeds, shapes
 from deploytool.signature import Outputs, Signature, TensorSpec
 
 
@@ -92,3 +92,26 @@ def test_the_samples_are_left_alone() -> None:
     for derived in parity_feeds(signature, [sample])[1:]:
         derived["x"][:] = 0
     assert np.array_equal(sample["x"], kept["x"])
+
+
+@pytest.mark.parametrize(
+    ("batches", "made"),
+    [((4, 8, 16), [1, 2, 3]), ((4, 5, 8), [1, 2]), ((1, 2, 4), [3]), ((1, 2, 7), []), ((2, 6, 8), [1, 3])],
+)
+def test_few_rows_are_made_where_no_sample_has_them(batches: tuple[int, ...], made: list[int]) -> None:
+    """One, two and an odd number of rows must be seen, of real rows; what is there is not made again."""
+    signature = Signature((spec("x", "batch", "time"), spec("y", "batch"), spec("z", 2)), ())
+    feeds = [feed(x=(batch, 3 + batch), y=(batch,), z=(2,)) for batch in batches]
+    rows = further_rows(signature, feeds)
+    assert [f["x"].shape for f in rows] == [(count, 3 + batches[0]) for count in made]
+    for f in rows:
+        assert all(np.array_equal(row, feeds[0]["x"][i % batches[0]]) for i, row in enumerate(f["x"]))
+        assert f["y"].shape == f["x"].shape[:1] and np.array_equal(f["z"], feeds[0]["z"])
+
+
+def test_no_rows_are_made_of_other_dimensions() -> None:
+    """A length, or a dimension that is not always first, is left alone; so is a model of fixed sizes."""
+    for shape in ((8, "time"), ("side", "side"), (8, 8)):
+        assert further_rows(Signature((spec("x", *shape),), ()), [feed(x=(8, 8))]) == []
+    for empty in ((4, 0), (0, 4)):
+        assert further_rows(Signature((spec("x", "batch", "time"),), ()), [feed(x=empty)]) == []
