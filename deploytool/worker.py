@@ -208,11 +208,13 @@ class Worker:
     def _cap_log(self) -> None:
         if self.log.stat().st_size <= _LOG_LIMIT_BYTES:
             return
-        # The child goes on writing: what it appends while the end is moved to the front is moved as well, in order.
+        # The child goes on writing: what it appends while the end is moved to the front is moved as well, in order. One
+        # that writes faster than this loses what is beyond a second limit: nobody may be kept from looking at it.
         with self.log.open("r+b", buffering=0) as log:
             source = os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES
+            last = source + _LOG_LIMIT_BYTES
             end = os.pwrite(log.fileno(), b"[earlier output dropped]\n", 0)
-            while piece := os.pread(log.fileno(), _LOG_TAIL_BYTES, source):
+            while source < last and (piece := os.pread(log.fileno(), _LOG_TAIL_BYTES, source)):
                 source += len(piece)
                 end += os.pwrite(log.fileno(), piece, end)
             log.truncate(end)

@@ -215,6 +215,15 @@ def test_log_is_cut_in_order() -> None:
     assert numbers == sorted(numbers) and numbers[-1] == 299_999
 
 
+def test_a_flood_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that writes faster than its log is read keeps nobody from going on."""
+    with Worker("test", Limits(seconds=120)) as child:
+        child.log.write_bytes(b"x" * (CAP + 1))
+        monkeypatch.setattr(os, "pread", lambda file, size, start: b"y" * size)
+        child.call("misbehaving:echo", value=1)
+        assert CAP < child.log.stat().st_size < 2 * CAP
+
+
 @contextlib.contextmanager
 def looking(look: Callable[[], T]) -> Iterator[list[T]]:
     """What a thread sees that looks all the while."""

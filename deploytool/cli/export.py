@@ -22,7 +22,7 @@ from deploytool.worker import Limits
 @click.option("--bench-seconds", default=10.0, type=options.SECONDS_OR_NONE, show_default=True,
               help="Time for timing each target.")  # fmt: skip
 @click.option("--no-bench", is_flag=True, help="Leave timing out.")
-@click.option("--keep-best", is_flag=True, help="Keep the plain artifact where a quantized one is no better.")
+@click.option("--keep-best", is_flag=True, help="Keep the plain artifact where one below fp32 is no better.")
 @click.option("--no-quality", is_flag=True, help="Leave the task metric and decoding checks out.")
 @click.option("--exporter", type=click.Choice(["auto", "torchscript", "dynamo"]), default="auto", show_default=True,
               help="How the ONNX graph is made; auto traces, and uses dynamo where tracing is wrong.")  # fmt: skip

@@ -89,7 +89,7 @@ def command(
     name = options.model_or_default(model, say)
     chosen = [n for t in options.targets_or_default(targets) for n in (target_names() if t == ALL else [t])]
     out = output or Path("deploytool-tune") / Path(name).stem
-    plan = make_plan(name, chosen, recipes, sizes, out, limits, objective)
+    plan = make_plan(name, chosen, recipes, sizes, out, limits)
     question = Question(objective, max_drop, budget, bucket_names(plan.sizes), exhaustive, seed, pack)
     told = {**plan.to_json(question, out), "engine": engine, **({"address": address} if address else {})}
     say(plan_table(told))

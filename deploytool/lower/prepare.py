@@ -59,7 +59,8 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     hashing = ThreadPoolExecutor(1)  # beside torch: it takes as long as reading the weights
     digests = {path: hashing.submit(sha256_file, path) for path in source.dependencies if path.is_file()}
     feeds = parity_feeds(source.signature, map(_arrays, source.samples()))
-    feeds += [feed for feed in further_rows(source.signature, feeds) if _takes(source, feed)]
+    if source.original is None:  # what the original of a compressed model takes is not known here
+        feeds += [feed for feed in further_rows(source.signature, feeds) if _takes(source, feed)]
     _record_cases(source, feeds, folder / "cases", source.seen)  # the first feeds are the samples
     weights = {source.ref.path: weights_digest(source.module)}
     if source.original is not None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from deploytool import worker
 from deploytool.artifact import GOLDEN, Artifact
 from deploytool.backends.base import find_backend
-from deploytool.backends.cut import CUTTERS
+from deploytool.backends.cut import CUTTERS, without_graph
 from deploytool.bench.compare import compare
 from deploytool.bench.decoding import measure_decoding
 from deploytool.bench.sizes import resized_case
@@ -138,15 +138,18 @@ def _nodes(artifact: Artifact, reference: Reference, options: Options) -> dict[s
             artifact=str(artifact.folder), prepared=str(reference.prepared.folder), ref=asdict(reference.ref),
         )  # fmt: skip
     except BackendFailed as error:
-        return not_judged(error.message)
+        broken = worker.run(f"reading the nodes of {artifact.target['name']}", "deploytool.verify.nodes:promises_job",
+                            options.limits, artifact=str(artifact.folder))  # fmt: skip
+        return {**not_judged(error.message), "wrong": broken}
     return found
 
 
 def _refuse_search(name: str, artifact: Artifact, ref: ModelRef | None) -> None:
     """Before any work: a search needs a graph, and the model to compare it with."""
     if artifact.backend not in CUTTERS:
-        raise InputRefused("DT313", f"only an artifact with a graph can be bisected (got {name}, whose backend "
-                           f"{artifact.backend!r} runs the module itself)", fix="choose another target")  # fmt: skip
+        why = f"whose backend {artifact.backend!r} {without_graph(artifact.backend)}"
+        raise InputRefused("DT313", f"only an artifact with a graph can be bisected (got {name}, {why})",
+                           fix="choose another target")  # fmt: skip
     if ref is None:
         raise InputRefused("DT301", f"the model must be here to find where {name} parts from it (it is not)",
                            fix="name it with --model")  # fmt: skip

@@ -27,7 +27,7 @@ def _beside(target: Target, other: str, figures: Mapping[str, Any]) -> str:
 
 
 def no_better(target: Target, result: Mapping[str, Any]) -> str | None:
-    """Why a finished quantized artifact is no better than its plain one; None where it is, or where nothing was timed.
+    """Why a finished artifact is no better than its plain one; None where it is, or where nothing was timed.
 
     Better is what was shown to be faster, or to be as fast and is smaller.
     """
@@ -40,7 +40,7 @@ def no_better(target: Target, result: Mapping[str, Any]) -> str | None:
 
 
 def plain_instead(target: Target, result: Mapping[str, Any], why: str, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain artifact's result under the target's name; the quantized artifact is removed, so that none ships it.
+    """The plain artifact's result under the target's name; its own artifact is removed, so that none ships it.
 
     Where the plain one failed there is nothing to give way to, and the finding says so.
     """

@@ -51,8 +51,8 @@ Say = Callable[[str], None]
 class Options:
     """How to export. `bench_seconds` is the time budget of one target's timing; 0 leaves timing out.
 
-    `samples` is an .npz file or a folder of such, for a model that brings none. With `keep_best`, a quantized artifact
-    that is no better than its plain one gives way to it.
+    `samples` is an .npz file or a folder of such, for a model that brings none. With `keep_best`, an artifact below
+    fp32 that is no better than its plain one gives way to it.
     """
 
     out: Path

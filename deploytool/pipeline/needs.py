@@ -4,8 +4,8 @@ Only what either cannot do without is counted, so that nothing that would fit is
 
     memory        the libraries, the module's weights, and the same again while a graph or an engine is written
     cache         the lowered graph
-    output        one engine per target: its weights in the target's precision; of a compression the weights as they
-                  are, since how much smaller they come out is not known before
+    output        one engine per target: its weights in the target's precision; of a compression nothing, since how
+                  much smaller its weights come out is not known before
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def needs(weights: int, targets: Sequence[Target], graph: bool) -> Needs:
 
 
 def compression_needs(weights: int) -> Needs:
-    """What compressing a model with so many bytes of weights takes; less disk only where many of them go."""
-    return Needs(_LIBRARIES_BYTES + weights, 0, weights)
+    """What compressing a model with so many bytes of weights takes at least."""
+    return Needs(_LIBRARIES_BYTES + weights, 0, 0)
 
 
 def refuse_impossible(needed: Needs, out: Path, limits: Limits) -> None:

@@ -31,11 +31,11 @@ from deploytool.tune.front import front, plot, tune_grid
 from deploytool.tune.models import Models
 from deploytool.tune.project import CHOSEN, model_name, profile_of, write_artifact, write_project
 from deploytool.tune.search import Search
-from deploytool.tune.space import bases, single_changes
+from deploytool.tune.space import bases
 from deploytool.tune.station import Terms, takes_graph
 from deploytool.tune.store import Store
-from deploytool.tune.trial import Objective, Question, Trial, distinct
-from deploytool.tune.workshop import BUILDS, Workshop
+from deploytool.tune.trial import Question, Trial, distinct
+from deploytool.tune.workshop import Workshop
 from deploytool.worker import NO_LIMITS, Limits
 
 SCHEMA_VERSION = "1.0"
@@ -66,12 +66,12 @@ class Plan:
 
 def make_plan(
     model: str, targets: Sequence[str], recipes: Sequence[str], sizes: Sequence[Mapping[str, int]], out: Path,
-    limits: Limits = NO_LIMITS, objective: Objective = "latency",
+    limits: Limits = NO_LIMITS,
 ) -> Plan:  # fmt: skip
     """Resolve names and check files; raises before any work is done. A folder that a search wrote is gone on with.
 
-    Raises EnvironmentLacking when the disk cannot hold what may be built of the model itself: every build is kept. What
-    recipes leave of its weights is not known before they ran.
+    Raises EnvironmentLacking when the disk cannot hold a graph and each target of the model itself. What recipes leave
+    of its weights is not known before they ran, and what is varied depends on what is found.
     """
     ref = resolve(model)
     refuse_existing(out, True, _STORE)
@@ -85,10 +85,9 @@ def make_plan(
     if not able:
         raise EnvironmentLacking("DT401", "at least one target must be buildable here (none is)",
                                  detail=[f"{n}: {p.reason}" for n, p in probes.items()])  # fmt: skip
-    builds = [config.target for base in bases(able, ()) for config in single_changes(base, objective)]
-    needed = needs(weights_of(ref), builds, any(map(takes_graph, able)))
-    there = sum(path.stat().st_size for path in (out / BUILDS).rglob("*") if path.is_file())  # of a search that goes on
-    refuse_impossible(replace(needed, output=max(needed.output - there, 0)), out, limits)
+    needed = needs(weights_of(ref), able, any(map(takes_graph, able)))
+    goes_on = (out / _STORE).exists()  # and has its graph and its builds already
+    refuse_impossible(replace(needed, cache=0, output=0) if goes_on else needed, out, limits)
     paths = tuple(find_recipe(name) for name in recipes)
     for path in paths:
         load_recipe(path)

@@ -276,7 +276,7 @@ class Search:
         return math.inf if self.question.objective == "size" else _REACH
 
     def _vary_runtime(self) -> None:
-        """One thread, and no spinning, for the builds near the best."""
+        """Fewer threads, and no spinning, for the builds near the best."""
         if self.question.objective == "size":
             return
         seen: set[str] = set()

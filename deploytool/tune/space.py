@@ -109,7 +109,7 @@ def runtime_choices(profile: Target) -> list[Change]:
         return []
     cores = min(usable, environment().get("cores_physical") or usable)  # what a profile means that sets no threads
     counts = [1, cores // 2] if cores >= _CORES_TO_HALVE else [1]
-    found: list[Change] = [("runtime.threads", count) for count in counts if count != profile.runtime.threads]
+    found: list[Change] = [("runtime.threads", count) for count in counts if count < (profile.runtime.threads or cores)]
     if profile.backend == "onnxruntime" and profile.runtime.spinning:
         found.append(("runtime.spinning", False))
     return found
@@ -119,11 +119,6 @@ def bases(profiles: Sequence[Target], recipes: Iterable[Path]) -> list[Config]:
     """Every profile as it is, of the model and of each recipe's result; what is quick to build comes first."""
     ordered = sorted(profiles, key=lambda p: (p.precision != "fp32", p.backend != "onnxruntime"))
     return [Config(profile, recipe=recipe) for recipe in (None, *recipes) for profile in ordered]
-
-
-def single_changes(base: Config, objective: str) -> list[Config]:
-    """A base, and it with each change of a build setting by itself: what is built before any are put together."""
-    return [base, *(base.with_change(*change) for change in build_choices(base.profile, objective))]
 
 
 def everything(base: Config, objective: str) -> Iterator[Config]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends.cut import CUTTERS, CutNode, open_cuts, without_graph
+from deploytool.backends.cut import CUTTERS, open_cuts, without_graph
 from deploytool.cases import Case
 from deploytool.verify.bisect import Search, few_cases, has_sharp_bounds
 from deploytool.verify.cause import Suspect, likely_cause
@@ -45,7 +45,7 @@ def nodes_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str,
     "uncertain": tensors whose bound is not sharp, "refused": tensors that cannot be cut out, "wrong": [a node each]}.
     """
     opened, folder = Artifact.load(Path(artifact), check=False), Path(prepared)
-    broken = [_broken(node, sentence) for node, sentence in broken_promises(opened).values()]
+    broken = _broken(opened)
     why = unjudged(opened)
     if why:
         return {**not_judged(why), "wrong": broken}
@@ -78,11 +78,17 @@ def _told(suspect: Suspect, search: Search, case: int) -> dict[str, Any]:
             **why}  # fmt: skip
 
 
-def _broken(node: CutNode, sentence: str) -> dict[str, Any]:
-    """A node that was not run: what it promises is enough."""
+def promises_job(artifact: str) -> list[dict[str, Any]]:
+    """The nodes that break what the profile promises (in a worker): what is left where judging them all failed."""
+    return _broken(Artifact.load(Path(artifact), check=False))
+
+
+def _broken(artifact: Artifact) -> list[dict[str, Any]]:
+    """Nodes that were not run: what they promise is enough."""
     unmeasured = dict.fromkeys(("case", "own_error", "allowed", "weight_steps"))
-    return {"node": node.name, "kind": node.kind, "module": node.module, "tensor": node.outputs[0], **unmeasured,
-            "allowed_from": "the profile", "cause": PROMISE, "sentence": sentence}  # fmt: skip
+    return [{"node": node.name, "kind": node.kind, "module": node.module, "tensor": node.outputs[0], **unmeasured,
+             "allowed_from": "the profile", "cause": PROMISE, "sentence": sentence}
+            for node, sentence in broken_promises(artifact).values()]  # fmt: skip
 
 
 def judge_nodes(nodes: Mapping[str, Any] | None) -> list[str]:

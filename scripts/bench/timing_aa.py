@@ -5,8 +5,8 @@ Four regimes: idle, one core busy, memory traffic, bursts. Traces are simulated 
 recorded here (`--record FILE`: two processes that run the same two-threaded work, in blocks, while this script makes
 the disturbance; then `--replay FILE`). A recorded comparison is all blocks of one session, and where it is confirmed of
 another, with the sides of a whole session swapped at random, so that what one process has over the other stays in it.
-With at least two sessions for each comparison each is used once (`"resampled": false`); with fewer they are drawn again
-and again, each time begun at another block.
+With at least two sessions for each comparison each is used once for equal programs and once for the slower one
+(`"resampled": false`); with fewer they are drawn again and again, each time begun at another block.
 
 The same sessions are also judged the usual way: the mean of 20 runs of each, one after the other, and a threshold of
 2 %. Prints JSON.

@@ -8,10 +8,10 @@ all of them interleaved, in fresh processes, since what looked best among many w
 
 Prints JSON: seconds of both; `time` is the pick's time over that of each rival per size, with its 95 % interval and the
 verdict on the pick; `regret` is how much longer it takes than the pick of all (geometric mean over the sizes),
-`worst_of_export` the same against the quickest target of `export` that keeps the quality, and `worst_cell_of_plain` the
-largest ratio to an fp32 target at any size. `share_of_time` is the search's part of the seconds of trying all, and
-`share_with_short_races` the same if those had raced for as few rounds as the search's. What was measured in --work is
-not measured again.
+`worst_of_export` the same against the quickest target of `export` that is not known to lose too much, and
+`worst_cell_of_plain` the largest ratio to an fp32 target at any size. `share_of_time` is the search's part of the
+seconds of trying all, and `share_with_short_races` the same if those had raced for as few rounds as the search's. What
+was measured in --work is not measured again.
 
     python scripts/bench/tune.py --model minilm --max-drop 0.5% --at batch=1,sequence=16 --at batch=1,sequence=64 \
         --at batch=1,sequence=128 --targets ort ort-int8 openvino openvino-int8 fbgemm torchscript --work /tmp/tuned
@@ -92,9 +92,10 @@ def tune(given: argparse.Namespace, out: Path, *more: str) -> dict[str, Any]:
 
 def exported(given: argparse.Namespace, out: Path) -> dict[str, Path]:
     """The targets as `export` makes them; those that it refuses are no rivals."""
-    if not out.exists():
-        command = [sys.executable, "-m", "deploytool", "export", given.model, "--no-bench", "-o", str(out)]
-        subprocess.run([*command, *(word for t in given.targets for word in ("--target", t))], stdout=sys.stderr)
+    if not (out / "report.json").exists():
+        command = [sys.executable, "-m", "deploytool", "export", given.model, "--no-bench", "--overwrite", "-o",
+                   str(out), *(word for target in given.targets for word in ("--target", target))]  # fmt: skip
+        subprocess.run(command, stdout=sys.stderr)
     return {target: out / target for target in given.targets if (out / target).is_dir()}
 
 
@@ -117,7 +118,7 @@ def summary(found: dict[str, Any], whole: dict[str, Any], races: float, times: d
     """The comparison; `races` are the seconds of the long races. `every_seconds` holds the search's own work too."""
     first, second = found["document"], whole["document"]
     status = {c["name"]: c["status"] for c in second["configurations"]}
-    good = [name for name in times if status.get(name, "fit") != "refused"]
+    good = [name for name in times if name == EVERY or status.get(name) != "refused"]
     overall = {name: math.exp(sum(math.log(t["ratio"]) for t in times[name].values()) / len(times[name]))
                for name in good}  # fmt: skip
     longer = (1 - _RACE_ROUNDS / _EXHAUSTIVE_ROUNDS) * races
@@ -131,8 +132,8 @@ def summary(found: dict[str, Any], whole: dict[str, Any], races: float, times: d
         "pick": first["chosen"]["name"], "pick_of_all": second["chosen"]["name"], "drop": first["chosen"]["drop"],
         "time": times, "refused": sorted(set(times) - set(good)),
         "regret": overall[EVERY] - 1,
-        "worst_of_export": max(overall[name] for name in good if name != EVERY) - 1,
-        "worst_cell_of_plain": max(t["ratio"] for name in plain for t in times[name].values()),
+        "worst_of_export": max((overall[name] - 1 for name in good if name != EVERY), default=None),
+        "worst_cell_of_plain": max((t["ratio"] for name in plain for t in times[name].values()), default=None),
     }  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_what_runs_on_a_gpu(artifact: Callable[..., Artifact], case: Path, monke
 
 def test_threads_are_told(artifact: Callable[..., Artifact], case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each side says how many threads its engine runs with: what its settings say, else the cores that it takes."""
-    monkeypatch.setattr("deploytool.backends.engine.psutil.cpu_count", lambda logical=True: 64)
+    monkeypatch.setattr("deploytool.backends.engine.psutil.cpu_count", lambda logical=True: usable_cores())
     two, free = artifact("two", seconds=0.001, threads=2), artifact("free", seconds=0.001)
     result = compare(two, {"free": free}, case, limits=LIMITS, budget_seconds=0.2, seed=0, opener=OPENER)
     assert (result["threads"], result["against"]["free"]["threads"]) == (2, usable_cores())

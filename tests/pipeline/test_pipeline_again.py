@@ -16,7 +16,7 @@ from deploytool.bench.decoding import summarize_decoding
 from deploytool.cases import Case, read_cases
 from deploytool.cli.main import run
 from deploytool.cli.verify import command
-from deploytool.errors import InputRefused, IntegrityBroken
+from deploytool.errors import BackendFailed, InputRefused, IntegrityBroken
 from deploytool.pipeline import again
 from deploytool.pipeline.again import bench_again, replay, verify_again
 from deploytool.pipeline.export import Options
@@ -231,6 +231,22 @@ def test_a_language_model_is_timed_by_parts(
     said = capsys.readouterr().out
     assert "decodes 64.0 tokens/s after a prompt of 128" in said and f"{both[1]} 2.00x (rounds 2.00 to 2.00)" in said
     assert bench_again([Path(p) for p in both], {}, Options(out=out), lambda line: None)["decoding"]["rounds"] == 1
+
+
+def test_promises_hold_where_the_nodes_could_not_be_judged(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the process that judges the nodes dies, what the profile promises is still read, and fails the artifact."""
+    right = again.worker.run
+    wrong = {"kind": "MatMulNBits", "node": "n", "cause": "accuracy level", "sentence": "it must be 4"}
+
+    def run_in_child(name: str, function: str, *rest: Any, **arguments: Any) -> Any:
+        if function.endswith("nodes_job"):
+            raise BackendFailed("DT503", "it must stay under 1 MB")
+        return [wrong] if function.endswith("promises_job") else right(name, function, *rest, **arguments)
+
+    monkeypatch.setattr(again.worker, "run", run_in_child)
+    (result,) = verify_again(out / "ort", None, Options(out=out, quality=False), lambda line: None)["targets"]
+    assert result["status"] == "failed" and "accuracy level: it must be 4" in result["reason"]
+    assert any("it must stay under 1 MB" in line for line in result["findings"])
 
 
 def test_replay_gives_the_recorded_outputs(out: Path) -> None:

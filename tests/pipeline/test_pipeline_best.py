@@ -148,6 +148,42 @@ def test_an_original_that_cannot_be_built_is_told(
         assert "not timed against the uncompressed model's: it must build" in result["findings"]
 
 
+def test_an_original_that_does_not_run_is_told(
+    compressed: str, exported: Exported, planted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the uncompressed model's artifact outgrows a limit the compressed one is timed without it, and says so."""
+    planted("faster")
+    right = speed.compare
+
+    def compare(candidate: Artifact, references: dict[str, Artifact], *rest: Any, **how: Any) -> dict[str, Any]:
+        if "uncompressed" in references:
+            raise BackendFailed("DT503", "it must stay under 1 MB")
+        return right(candidate, references, *rest, **how)
+
+    monkeypatch.setattr(speed, "compare", compare)
+    (result,) = exported(compressed, "ort", bench_seconds=1.0)["targets"]
+    assert result["status"] == "ok" and set(result["speed"]["against"]) == {"eager"}
+    assert "not timed against the uncompressed model's: it must stay under 1 MB" in result["findings"]
+
+
+def test_decoding_is_timed_of_the_artifact_itself(
+    model: str, exported: Exported, planted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and decoding of `eager` itself stand beside the reference's, which has the same name."""
+    asked: list[list[str]] = []
+
+    def measure(artifacts: dict[str, Artifact], *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(list(artifacts))
+        return {}
+
+    planted("faster")
+    monkeypatch.setattr(speed, "decodes", lambda signature: True)
+    monkeypatch.setattr(speed, "measure_decoding", measure)
+    monkeypatch.setattr(speed, "told", lambda figures: "decodes")
+    exported(model, "eager", bench_seconds=1.0)
+    assert asked == [["", "eager"]]
+
+
 def test_a_plain_one_that_cannot_be_built_fails_each_target_alone(
     model: str, exported: Exported, planted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from planted_search import Planted, milliseconds
 from deploytool.cases import Case
 from deploytool.errors import BackendFailed, CheckFailed
 from deploytool.target import load_target
-from deploytool.tune import space
+from deploytool.tune import search, space
 from deploytool.tune.search import Search
 from deploytool.tune.space import Config, bases, everything
 from deploytool.tune.store import Store
@@ -26,6 +26,7 @@ Ask = Callable[..., tuple[Search, Any, Planted]]
 @pytest.fixture
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """Search over planted answers; gives the search, what was chosen, and what it cost."""
+    monkeypatch.setattr(search, "machine", lambda: {"cpu": "planted"})  # noise is drawn by it
     monkeypatch.setattr(space, "usable_cores", lambda: 2)
     monkeypatch.setattr(space, "environment", lambda: {"cpu_flags": ["avx512_vnni"]})
 

@@ -20,7 +20,7 @@ from deploytool.backends.ort_weights import Plan, compress_weights
 from deploytool.cases import Case
 from deploytool.signature import Signature, TensorSpec
 from deploytool.verify.bisect import bisect_job
-from deploytool.verify.nodes import judge_nodes, nodes_job
+from deploytool.verify.nodes import judge_nodes, nodes_job, promises_job
 from deploytool.verify.parity import parity_job
 from deploytool.verify.promise import broken_promises
 
@@ -92,7 +92,7 @@ def test_a_flipped_level_fails_by_its_node(
     assert near["cosine"] > 0.98 and near["problems"] == []
     found = nodes_job(str(folder), str(prepared), {})
     sentences = judge_nodes(found)
-    assert [wrong["node"] for wrong in found["wrong"]] == list(flipped)
+    assert [wrong["node"] for wrong in found["wrong"]] == list(flipped) and promises_job(str(folder)) == found["wrong"]
     for name, sentence in zip(flipped, sentences, strict=True):
         assert sentence.startswith(f"MatMulNBits {name} is wrong by itself: accuracy level: accuracy_level must be ")
         assert f"(got {flipped[name]})" in sentence
