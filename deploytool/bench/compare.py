@@ -24,7 +24,8 @@ _WARM_UP_SHARE = 0.05
 _WARM_UP_SECONDS = 1.0
 _WARM_UP_RUNS = 10_000
 _GUARD_THREADS = 8
-_SURE = 0.10  # a difference this large is not of one layout of memory
+SHORT_MS = 2.0  # runs shorter than this depend on the process: where its memory and its threads happen to lie
+_SURE, _SURE_SHORT = 0.10, 1.0  # a difference this large is not of one process alone, nor of one with short runs
 _OPENER = "deploytool.backends.base:open_artifact"
 _NO_COUNTERS: Mapping[str, Counter | None] = {}
 
@@ -91,9 +92,10 @@ def compare(
     (reference time over candidate time), speedup_ci (95 %; None below five undisturbed blocks, which decide nothing),
     speedup_range (the lowest and highest ratio of the blocks), verdict, confirmed.
 
-    A difference below a tenth is claimed only when a second measurement in fresh processes, of the same budget, shows
-    it too: another layout of memory alone can make a program a few percent slower. Then `confirmed` says whether it
-    did, and figures are of all blocks.
+    A difference below a tenth, and of runs shorter than SHORT_MS one below the double, is claimed only when a second
+    measurement in fresh processes, of the same budget, shows it too: another layout of memory alone can make a program
+    a few percent slower, and where its threads lie can make a short run a third slower. Then `confirmed` says whether
+    it did, and figures are of all blocks.
 
     `budget_seconds` is for timing; opening and warming come on top, and when blocks are slow or disturbed it may take
     twice that. `limits` hold for each call into each process. Raises BackendFailed when a process crashes, hangs or
@@ -126,7 +128,7 @@ def judged(session: Session, references: Mapping[str, Any], seed: int) -> dict[s
     """Measure, and measure small claims again in fresh processes: see `compare`."""
     blocks, costs, environment = session.measure(references, seed)
     first = summarize(blocks, costs, seed=seed)
-    close = {name: references[name] for name, figures in first["against"].items() if _close(figures)}
+    close = {name: references[name] for name, figures in first["against"].items() if _close(first, figures)}
     if not close:
         return first | {"seed": seed, "environment": environment}
     session.say(f"confirming in fresh processes: {', '.join(close)}")
@@ -181,9 +183,10 @@ class _Session:
             return blocks, {name: process.costs() for name, process in opened.items()}, environment
 
 
-def _close(figures: Mapping[str, Any]) -> bool:
+def _close(candidate: Mapping[str, Any], figures: Mapping[str, Any]) -> bool:
     """Whether a claim is so small that it could be of these processes alone."""
-    return figures["verdict"] in ("faster", "slower") and abs(math.log(figures["speedup"])) < math.log1p(_SURE)
+    sure = _SURE_SHORT if min(candidate["p50_ms"], figures["p50_ms"]) < SHORT_MS else _SURE
+    return figures["verdict"] in ("faster", "slower") and abs(math.log(figures["speedup"])) < math.log1p(sure)
 
 
 def _confirm(whole: dict[str, Any], name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:

@@ -138,6 +138,11 @@ def speedup(log_ratios: Sequence[float], *, seed: int, confidence: float = 0.95)
                    math.exp(center - wide), math.exp(center + wide))  # fmt: skip
 
 
+def center(log_ratios: Sequence[float]) -> float:
+    """The estimate of `speedup` as a logarithm, of any number of log ratios."""
+    return float(_trimmed(np.asarray(log_ratios, dtype=np.float64)[None, :])[0][0])
+
+
 def spread(log_ratios: Sequence[float]) -> Speedup:
     """The median ratio with the lowest and highest seen: what can be told of blocks that decide nothing."""
     values = np.asarray(log_ratios, dtype=np.float64)
@@ -153,5 +158,5 @@ def _trimmed(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
     if cut:
         ordered[:, :cut] = ordered[:, cut : cut + 1]
         ordered[:, count - cut :] = ordered[:, count - cut - 1 : count - cut]
-    error = ordered.std(axis=1, ddof=1) / ((1 - 2 * cut / count) * math.sqrt(count))
+    error = ordered.std(axis=1, ddof=min(1, count - 1)) / ((1 - 2 * cut / count) * math.sqrt(count))
     return mean, error

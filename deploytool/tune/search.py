@@ -18,16 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deploytool.bench.statistics import speedup
+from deploytool.bench.statistics import center, speedup
 from deploytool.errors import CheckFailed, DeployError
 from deploytool.storage import sha256_file
 from deploytool.tune.engine import Engine, Nowhere
 from deploytool.tune.space import Config, build_choices, everything, runtime_choices
 from deploytool.tune.station import machine
 from deploytool.tune.store import Store, digest
-from deploytool.tune.track import Entrant, case_log_ratios, log_ratios, per_case
+from deploytool.tune.track import Entrant, case_log_ratios, log_ratios, per_case, short
 from deploytool.tune.trial import Question, Trial, distinct, family_of, size_of, value_of
 from deploytool.tune.workshop import Workshop
 
@@ -37,6 +35,7 @@ _EXHAUSTIVE_ROUNDS = 12
 _HEATS = (3, 4, 6, 8)  # rounds of each heat
 _NEAR = tuple(math.log(x) for x in (1.15, 1.08, 1.05, 1.03))  # how near to the best who takes part in it must be
 _FINAL_ROUNDS = 8
+_LIFE = 3  # rounds of a heat that processes live, where runs are short; in the final it is one
 _TOLERATED = 0.02  # how much slower than the best plain artifact a bucket may look before the configuration is out
 _MOST_ENTRANTS, _MOST_FINALISTS = 6, 2
 _BUILDS_TO_VARY = 2
@@ -173,7 +172,7 @@ class Search:
         assert self.anchor is not None
         ratios = log_ratios(self.rounds, self.key(trial), self.key(self.anchor), self.unit)
         trial.rounds = len(ratios)
-        trial.value = -float(np.median(ratios))
+        trial.value = -center(ratios)
 
     def key(self, trial: Trial) -> str:
         """What its rounds are recorded under: the same files with the same runtime settings are the same."""
@@ -337,12 +336,14 @@ class Search:
             return
         self.say(f"{kind}: {count} rounds of {', '.join(t.config.name for t in everybody)}")
         members = [self._entrant(trial) for trial in everybody]
+        life = 1 if kind == "final" else _LIFE
+        brief = any(short(self.rounds, member.key) for member in members)
 
         def play(number: int) -> Any:
             about = {"place": self._place, "kind": kind, "members": sorted(m.key for m in members), "round": number,
                      "energy": self.unit == "joules"}  # fmt: skip
-            return self.store.once("round", about, lambda: self.engine.run("round", members=members,
-                                                                           seed=self._seed(about)))  # fmt: skip
+            return self.store.once("round", about, lambda: self.engine.run(
+                "round", members=members, seed=self._seed(about), fresh=brief and number % life == 0))  # fmt: skip
 
         self.rounds += self.engine.map(play, range(count))
         for trial in entrants:
@@ -380,7 +381,7 @@ class Search:
 
     def _relative(self, key: str) -> float:
         assert self.anchor is not None
-        return math.exp(-float(np.median(log_ratios(self.rounds, key, self.key(self.anchor)))))
+        return math.exp(-center(log_ratios(self.rounds, key, self.key(self.anchor))))
 
 
 def _wanted(field: Sequence[Trial], plain: Trial | None) -> list[Trial]:

@@ -21,10 +21,11 @@ from deploytool.pipeline.reference import Reference
 from deploytool.source import ModelRef
 from deploytool.storage import new_folder
 from deploytool.target import Target
-from deploytool.tune.track import Entrant, Track
+from deploytool.tune.track import Entrant, Track, short
 from deploytool.worker import Limits
 
 _SLOT_SECONDS = 0.1
+_LIVES = 3  # processes of an entrant in a race, where its runs are short
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,20 @@ class Station:
         both = [anchor] if anchor.key == entrant.key else [anchor, entrant]
         rng = np.random.default_rng(list(seed))
         try:
-            rounds = [self._track.round(both, rng) for _ in range(count)]
+            rounds: list[dict[str, Any]] = []
+            for number in range(count):
+                if rounds and number % max(1, count // _LIVES) == 0 and short(rounds, entrant.key):
+                    self._track.close(entrant.key)
+                rounds.append(self._track.round(both, rng))
             return {"rounds": rounds, "peak_rss_bytes": self._track.peak_rss_bytes(entrant)}
         finally:
             if entrant.key != anchor.key:
                 self._track.close(entrant.key)
 
-    def round(self, members: Sequence[Entrant], seed: Sequence[int]) -> dict[str, Any]:
-        """One round of all members."""
+    def round(self, members: Sequence[Entrant], seed: Sequence[int], *, fresh: bool = False) -> dict[str, Any]:
+        """One round of all members, `fresh` in processes of its own."""
+        if fresh:
+            self._track.clear()
         return self._track.round(members, np.random.default_rng(list(seed)))
 
     def clear(self) -> None:

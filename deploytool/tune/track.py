@@ -17,7 +17,7 @@ import numpy as np
 
 from deploytool.artifact import Artifact
 from deploytool.bench.blocks import GUARD_MOVED, medians
-from deploytool.bench.compare import Process
+from deploytool.bench.compare import SHORT_MS, Process
 from deploytool.bench.energy import Meter
 from deploytool.bench.environment import usable_cores
 from deploytool.bench.serve import THREAD_LIMITS
@@ -140,6 +140,11 @@ def case_log_ratios(
 def _ratios(rounds: Sequence[Mapping[str, Any]], key: str, anchor: str, unit: str) -> list[list[float]]:
     both = [r for r in rounds if key in r[unit] and anchor in r[unit]]
     return [[_log(a) - _log(e) for e, a in zip(r[unit][key], r[unit][anchor], strict=True)] for r in undisturbed(both)]
+
+
+def short(rounds: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether an entrant's runs are so short that their time depends on the process, of which it needs several."""
+    return min(per_case(rounds, key)) < SHORT_MS
 
 
 def _log(values: Sequence[float]) -> float:

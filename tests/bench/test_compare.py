@@ -170,16 +170,17 @@ def test_small_claims_are_confirmed(
     assert any("not seen again" in note for note in result["notes"]) is not confirmed
 
 
+@pytest.mark.parametrize(("ms", "ratio", "times"), [(10.0, 1.2, 1), (0.3, 1.4, 2), (0.3, 2.0, 1)])
 def test_large_claims_need_no_confirmation(
-    artifact: Callable[..., Artifact], case: Path, monkeypatch: pytest.MonkeyPatch
+    ms: float, ratio: float, times: int, artifact: Callable[..., Artifact], case: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A factor of two is measured once."""
-    block = Block("old", "ABBA", ((10.0,), (10.0,)), ((20.0,), (20.0,)), (1.0, 1.0))
+    """A tenth is measured once; of runs as short as processes alone make differ by a third, only a factor of two."""
+    block = Block("old", "ABBA", ((ms,), (ms,)), ((ms * ratio,), (ms * ratio,)), (1.0, 1.0))
     calls: list[int] = []
     monkeypatch.setattr(_Session, "measure", lambda self, references, seed: (
         calls.append(seed), ([block] * 8, {"": {}, "old": {}}, {}))[1])  # fmt: skip
     result = compare(artifact("new"), {"old": artifact("old")}, case, limits=LIMITS, budget_seconds=4, seed=3)
-    assert calls == [3] and result["against"]["old"]["confirmed"] is None
+    assert calls == [3, 4][:times] and result["against"]["old"]["confirmed"] is (True if times == 2 else None)
 
 
 def test_noise_of_itself(artifact: Callable[..., Artifact], case: Path) -> None:

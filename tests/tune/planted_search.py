@@ -32,24 +32,29 @@ def milliseconds(config: Config, case: int) -> float:
 
 
 class PlantedStation:
-    """Times are what the entrant's artifact says of itself, with some noise."""
+    """Times are what the entrant's artifact says of itself, with some noise.
 
-    def __init__(self, noise: float = 0.01):
-        self.noise = noise
-        self.rounds = 0
+    `unlucky` is how much longer every run of a process takes in half of the processes, whose number is `lives`.
+    """
+
+    def __init__(self, noise: float = 0.01, unlucky: float = 0.0):
+        self.noise, self.unlucky = noise, unlucky
+        self.rounds = self.lives = 0
 
     def race(self, entrant: Entrant, anchor: Entrant, count: int, seed: Sequence[int]) -> dict[str, Any]:
         both = list({e.key: e for e in (anchor, entrant)}.values())
-        rounds = [self.round(both, [*seed, number]) for number in range(count)]
+        rounds = [self.round(both, [*seed, number], fresh=True) for number in range(count)]
         lean = entrant.artifact.settings["lean"]
         return {"rounds": rounds, "peak_rss_bytes": 3_000_000 if lean else 4_000_000}
 
-    def round(self, members: Sequence[Entrant], seed: Sequence[int]) -> dict[str, Any]:
+    def round(self, members: Sequence[Entrant], seed: Sequence[int], *, fresh: bool = False) -> dict[str, Any]:
         rng = np.random.default_rng(list(seed))
         self.rounds += 1
+        self.lives += fresh
         ms = {}
         for entrant in members:
-            noise = np.exp(self.noise * rng.standard_normal((2, 2)))
+            life = np.random.default_rng([*seed[:1], int(entrant.key, 16), self.lives])
+            noise = np.exp(self.noise * rng.standard_normal((2, 2))) * (1 + self.unlucky * life.integers(2))
             ms[entrant.key] = [[entrant.artifact.settings["ms"][case] * e for e in noise[case]] for case in range(2)]
         joules = {key: [[100 / ms for ms in turns] for turns in cases] for key, cases in ms.items()}
         return {"ms": ms, "joules": joules, "guard": [1.0, 1.0]}
@@ -60,14 +65,15 @@ class PlantedStation:
 class Planted:
     """Workshop and engine in one: what was built and evaluated is counted."""
 
-    def __init__(self, folder: Path, drops: Mapping[str, float], noise: float = 0.01, width: int = 1):
+    def __init__(self, folder: Path, drops: Mapping[str, float], noise: float = 0.01, width: int = 1, unlucky: float = 0.0):
         self.folder, self.drops, self.width = folder, drops, width
-        self.station = PlantedStation(noise)
+        self.station = PlantedStation(noise, unlucky)
         self.built: list[str] = []
         self.evaluated: list[str] = []
         self.fails: dict[str, Exception] = {}
         self.times: Callable[[Config, int], float] = milliseconds
         self.readied: list[str] = []
+        self.fresh: list[bool] = []
 
     def ready(self, config: Config) -> None:
         assert threading.current_thread() is threading.main_thread(), "its child would outlive an interruption"
@@ -95,6 +101,7 @@ class Planted:
         ] if drop > max_drop else []
 
     def run(self, piece: str, /, **arguments: Any) -> Any:
+        self.fresh += [arguments["fresh"]] if piece == "round" else []
         return getattr(self.station, piece)(**arguments)
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:

@@ -51,7 +51,7 @@ class Planter(PlantedStation):
         self.tell("race", started)
         return found
 
-    def round(self, members: Sequence[Entrant], seed: Sequence[int]) -> dict[str, Any]:
+    def round(self, members: Sequence[Entrant], seed: Sequence[int], *, fresh: bool = False) -> dict[str, Any]:
         mark = self.folder / "deadly-once"
         if mark.exists():
             mark.unlink()
