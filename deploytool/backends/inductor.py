@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._inductor.exc import InductorError
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from deploytool.artifact import Artifact
 from deploytool.backends import tables
 from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import as_tuple, positional
 from deploytool.backends.engine import EngineRunner, threads_of
+from deploytool.backends.exported import export_module, quiet
 from deploytool.backends.torchscript import example
-from deploytool.errors import BackendFailed, EnvironmentLacking, InputRefused
-from deploytool.load.flat import no_fast_path
+from deploytool.errors import BackendFailed, EnvironmentLacking
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 from deploytool.source import Source
@@ -88,25 +87,17 @@ class PackageRunner(EngineRunner):
 
 def exported(source: Source, arguments: tuple[Tensor, ...]) -> ExportedProgram:
     """The module as an exported program, every free dimension free; raises InputRefused where torch fixes one."""
-    free = tuple({axis: Dim.DYNAMIC for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
-                 for spec in source.signature.inputs)  # fmt: skip
-    try:
-        with torch.no_grad(), no_fast_path(), _quiet():
-            return torch.export.export(source.flat, arguments, dynamic_shapes=(free,), strict=False)
-    except Exception as error:  # what export raises has no common base, and the module's own code runs in it
-        raise InputRefused("DT310", "torch.export must take the model with its free dimensions "
-                                    f"(got {type(error).__name__}: {error})"[:2000],
-                           fix="choose torchscript, or a target that lowers to ONNX; recurrent layers over a free "
-                               "number of steps cannot be exported") from error  # fmt: skip
+    return export_module(source.flat, source.signature, arguments)
 
 
 def compile_package(program: ExportedProgram, path: Path, settings: dict[str, Any]) -> None:
     """Compile for CPUs and write the package; nothing else is left on the disk. Raises BackendFailed."""
-    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder, _cache(folder), _quiet():
+    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder, _cache(folder), quiet(), torch.no_grad():
         try:
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path),
-                # Constants are folded and laid out for the kernels; threads are counted when it runs.
+                # Constants are folded and laid out for the kernels, which torch does without gradients alone; threads
+                # are counted when it runs.
                 inductor_configs={"freezing": True, "cpp.dynamic_threads": True, **settings},
             )  # fmt: skip
         except (RuntimeError, InductorError, OSError) as error:
@@ -117,7 +108,7 @@ def compile_package(program: ExportedProgram, path: Path, settings: dict[str, An
 def load_package(path: Path) -> Any:
     """The package, loaded; raises BackendFailed."""
     try:
-        with _quiet():
+        with quiet():
             return torch._inductor.aoti_load_package(str(path))
     except (RuntimeError, OSError) as error:
         raise BackendFailed("DT504", f"torch must load {path.name} (got: {error})"[:2000]) from error
@@ -144,14 +135,6 @@ def _cache(folder: str) -> Iterator[None]:
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
         if before is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings of its own parts about each other; parity judges the result."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 BACKEND = Inductor()
