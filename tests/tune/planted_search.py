@@ -65,7 +65,9 @@ class PlantedStation:
 class Planted:
     """Workshop and engine in one: what was built and evaluated is counted."""
 
-    def __init__(self, folder: Path, drops: Mapping[str, float], noise: float = 0.01, width: int = 1, unlucky: float = 0.0):
+    def __init__(
+        self, folder: Path, drops: Mapping[str, float], noise: float = 0.01, width: int = 1, unlucky: float = 0.0
+    ):
         self.folder, self.drops, self.width = folder, drops, width
         self.station = PlantedStation(noise, unlucky)
         self.built: list[str] = []
