@@ -46,7 +46,8 @@ class Artifact:
     """The content of one artifact folder.
 
     backend     name of the file in `deploytool/backends/` that opens it
-    format      "source", "torchscript", "pt2", "onnx", "openvino", "tensorrt"
+    format      "source", "torchscript", "pt2", "onnx", "openvino", "executorch",
+                "tensorrt"
     entry       the main file, relative to the folder
     precision   what the engine really computes in: "fp32", "int8", "fp16"
     executes    False when the engine was built for hardware that is not here; then `entry` is the graph that the

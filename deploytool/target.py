@@ -43,7 +43,11 @@ class Limits(Table):
 
 
 class Device(Table):
-    """What the artifact is for. `compute_capabilities` as TensorRT names them: "SM86"."""
+    """What the artifact is for.
+
+    architecture           as the system names it; "any" for what runs on every processor
+    compute_capabilities   as TensorRT names them: "SM86"
+    """
 
     architecture: str = "x86_64"
     compute_capabilities: tuple[str, ...] = Field(default=(), strict=False)

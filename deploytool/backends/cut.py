@@ -26,7 +26,11 @@ CUTTERS = {
     "torchscript": "deploytool.backends.torchscript_cut",
     "fbgemm": "deploytool.backends.torchscript_cut",
 }
-_WITHOUT = {"eager": "runs the module itself", "inductor": "runs a compiled library: no graph is left in it to cut"}
+_WITHOUT = {
+    "eager": "runs the module itself",
+    "inductor": "runs a compiled library: no graph is left in it to cut",
+    "executorch": "runs a program with compiled parts, whose tensors cannot be given or taken from outside",
+}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,9 +16,15 @@ from deploytool.load.flat import no_fast_path
 from deploytool.signature import Signature
 
 
-def export_module(module: nn.Module, signature: Signature, arguments: tuple[Tensor, ...]) -> ExportedProgram:
-    """The module as an exported program, every free dimension free; raises InputRefused where torch fixes one."""
-    free = tuple({axis: Dim.DYNAMIC for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+def export_module(
+    module: nn.Module, signature: Signature, arguments: tuple[Tensor, ...], largest: Mapping[str, int] | None = None
+) -> ExportedProgram:
+    """The module as an exported program, every free dimension free; raises InputRefused where torch fixes one.
+
+    `largest` are sizes that free dimensions go up to, for compilers that plan memory by them; without it they are free.
+    """
+    bounds = {dim: Dim.DYNAMIC(max=max(size, 2)) for dim, size in (largest or {}).items()}  # torch fixes a size of 1
+    free = tuple({axis: bounds.get(dim, Dim.DYNAMIC) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
                  for spec in signature.inputs)  # fmt: skip
     takes = inspect.signature(module.forward).parameters.values()
     together = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes)  # `*tensors` is one argument

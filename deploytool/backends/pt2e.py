@@ -56,13 +56,14 @@ class Quantized:
 
 def quantize(
     program: ExportedProgram, quantizer: Quantizer, feeds: Iterable[Feeds], signature: Signature,
-    encodings: Mapping[str, Encoding],
+    encodings: Mapping[str, Encoding], largest: Mapping[str, int] | None = None,
 ) -> Quantized:  # fmt: skip
     """Round a program as a quantizer says, in ranges of `feeds`, or in those that the model has learned.
 
     program     of `Source.flat`, by `exported.export_module`; it is not changed
     feeds       NumPy, at least one; dynamic schemes take the ranges of weights from the first
     encodings   `Source.encodings`
+    largest     sizes that the free dimensions go up to, as for `export_module`
 
     Raises InputRefused DT310 where torchao fails, DT303 without feeds.
     """
@@ -86,7 +87,7 @@ def quantize(
                                     f"(got {type(error).__name__}: {error})"[:2000],
                            fix="name the layer in exclude, or choose an fp32 target") from error  # fmt: skip
     arguments, _ = program.example_inputs or ((), {})
-    return Quantized(export_module(converted, signature, tuple(arguments)), learned)
+    return Quantized(export_module(converted, signature, tuple(arguments), largest), learned)
 
 
 def layer_of(node: Node) -> str:
@@ -95,6 +96,13 @@ def layer_of(node: Node) -> str:
     if not isinstance(weight, Node) or weight.op != "get_attr":
         return ""
     return str(weight.target).removeprefix(_PREFIX).rpartition(".")[0]
+
+
+def layers_with_grids(program: ExportedProgram) -> list[str]:
+    """Layers whose input the program rounds on a learned grid."""
+    nodes = program.module(check_guards=False).graph.nodes
+    found = [layer_of(node) for node in nodes if node.args and getattr(node.args[0], "target", None) is _FAKE]
+    return [layer for layer in dict.fromkeys(found) if layer]
 
 
 def run_module(module: Any, signature: Signature, feeds: Feeds) -> tuple[Tensor, ...]:

@@ -30,6 +30,7 @@ _READERS = {
     "onnx": "deploytool.backends.ran_onnx",
     "openvino": "deploytool.backends.ran_openvino",
     "torchscript": "deploytool.backends.ran_torchscript",
+    "executorch": "deploytool.backends.ran_executorch",
     "tensorrt": "deploytool.backends.ran_tensorrt",
 }
 _UNTOLD = {"pt2": "the kernels of a compiled package run past torch's dispatcher, where its profiler sees none of them"}

@@ -29,6 +29,24 @@ class InductorBuild(Table):
     cpu: Literal["native", "avx2"] = "native"
 
 
+class ExecuTorchBuild(Table):
+    """`largest` maps free dimensions to the largest size that the program takes; left out: the samples' largest.
+
+    The rest is of int8.
+
+    scheme        "dynamic": inputs of linears are rounded in ranges taken on every call, those of convolutions in
+                  ranges fixed by calibration; "static": all are fixed, sums and products of tensors too; "auto": the
+                  first of both, or where convolutions prevail the other, unless it loses too much on calibration feeds
+    exclude       names of layers that stay fp32; a name that does not exist is refused
+    calibration_samples   how many calibration feeds are read
+    """
+
+    largest: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    scheme: Literal["auto", "dynamic", "static"] = "auto"
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+    calibration_samples: int = Field(default=32, ge=1, le=10_000)
+
+
 class KeepFp32(Table):
     """Which layers a quantizer leaves alone.
 

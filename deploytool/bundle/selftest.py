@@ -12,6 +12,7 @@ Exit codes: 0 every recorded case was replayed and agreed; 1 one did not, or not
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -134,7 +135,7 @@ def check_machine(variant: Json) -> None:
     """Code for a processor, and int8 that was proved on one, run on such a machine only."""
     machine = MACHINES.get(platform.machine(), platform.machine())
     wanted = variant["device"].get("architecture", machine)
-    if machine != wanted:
+    if wanted not in (machine, "any"):
         raise Lacking(f"the variant is for {wanted} (this machine is {machine})")
 
 
@@ -214,6 +215,8 @@ def open_engine(variant: Json, path: str) -> Engine:
         return open_openvino(path, inputs, outputs, threads)
     if kind in ("torchscript", "pt2"):
         return open_torch(path, inputs, outputs, threads, bool(variant["settings"].get("optimize", False)))
+    if kind == "executorch":
+        return open_executorch(path, inputs, outputs, threads, variant["settings"].get("needs", {}))
     raise Lacking(f"this self-test can't run engines of format {kind!r}")
 
 
@@ -328,6 +331,43 @@ def open_torch(path: str, inputs: list[str], outputs: list[str], threads: int, o
         return {name: tensor.numpy() for name, tensor in zip(outputs, tensors, strict=True)}
 
     return run
+
+
+def open_executorch(path: str, inputs: list[str], outputs: list[str], threads: int, needs: Json) -> Engine:
+    """A program of ExecuTorch's, where the runtime has what it needs."""
+    torch = runtime("torch")
+    native = runtime("executorch.extension.pybindings._C")  # the runtime without the compiler around it
+    with silent():  # it tells what of the processor it cannot read
+        if any(name.startswith("quantized_decomposed::") for name in needs.get("operators", ())):
+            runtime("executorch.kernels.quantized")
+        known = {*native._get_operator_names(), *native._get_registered_backend_names()}
+        absent = [name for names in needs.values() for name in names if name not in known]
+        if absent:
+            raise Lacking(f"this executorch has no {', '.join(absent)}")
+        if threads:
+            native._unsafe_reset_threadpool(threads)
+        program = native._load_program(path)
+        opened = program, program.load_method("forward")  # the method reads the program's memory
+
+    def run(feeds: Arrays) -> Arrays:
+        found = opened[1]([torch.from_numpy(np.array(feeds[name])) for name in inputs])
+        return {name: tensor.numpy() for name, tensor in zip(outputs, found, strict=True)}
+
+    return run
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without what libraries write to the standard error themselves."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def exit_code(problems: list[str], statuses: list[str]) -> int:
