@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deploytool.compress.calls import Call, leaves, plain_forward, record_calls, refill, replay
 from deploytool.errors import InputRefused
+from deploytool.load.memory import drop_pages
 
 _CONSTANTS = (bool, str, type(None), torch.dtype)
 
@@ -108,6 +109,7 @@ def _watch(run: Callable[[], object], blocks: Mapping[str, nn.Module], root: nn.
         mine = next(entry for entry in reversed(seen) if entry.name == name and not entry.outputs)
         mine.outputs = leaves(output)
         mine.result = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in mine.outputs]
+        drop_pages(blocks[name].parameters())  # else the whole model is in memory at the end
         waiting.discard(name)
         if not waiting:  # what follows is run for nothing but the calls of blocks that may come again
             for head in heads:
@@ -184,6 +186,7 @@ def _gives(
     for name, link in part[1:]:
         call = _next(link, call, output)
         output = replay(blocks[name], call)
+        drop_pages(blocks[name].parameters())
     pairs = list(zip(leaves(output), expected, strict=True))
     return all(_same(a, b) for a, b in pairs if isinstance(b, Tensor))
 

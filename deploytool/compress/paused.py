@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from deploytool.compress.calls import Call, leaves, plain_forward, refill
 from deploytool.load.flat import no_fast_path
-from deploytool.load.memory import share_arena
+from deploytool.load.memory import give_back, on_disk, share_arena
+
+_LARGE = 2**21  # bytes of what a call is about to read: it waits on disk
+_TRIM = 4  # calls that may run before what they have freed between what they hold is returned to the system
 
 
 class _Stopped(BaseException):
@@ -125,11 +128,15 @@ class Paused:
         The tensors stay as they are until the next `reach`. A call that runs past the layers gives none.
         """
         found = []
-        for one in self._passes:
+        for number, one in enumerate(self._passes, 1):
             while one.at not in self._closed and not one.over:
                 self._run(one)
             if one.at in names and one.x is not None:
+                if one.x.nbytes >= _LARGE:
+                    one.x.data = on_disk(one.x.detach())
                 found.append(one.x)
+            if number % _TRIM == 0:
+                give_back()
         return found
 
     def release(self, names: Iterable[str]) -> None:
@@ -139,10 +146,12 @@ class Paused:
     def outputs(self) -> Iterator[Any]:
         """What every call gives; all layers are released."""
         self._closed.clear()
-        for one in self._passes:
+        for number, one in enumerate(self._passes, 1):
             while not one.over:
                 self._run(one)
             output, one.output = one.output, None
+            if number % _TRIM == 0:
+                give_back()
             yield output
 
     def _run(self, one: _Pass) -> None:

@@ -57,6 +57,8 @@ class Turns:
                 give_back()
                 check_finite({stage.layers[0]: total.sum})
                 yield dict.fromkeys(stage.layers, total)
+                del total
+                give_back()
                 paused.release(stage.layers)
             block.given = list(paused.outputs())
             _refuse_again(paused.again)
@@ -106,9 +108,10 @@ class Turns:
     def _summed(self, parts: Sequence[Tensor]) -> Total:
         made: Total | None = None
         for start in range(0, len(parts), _TOGETHER):
-            x = torch.cat(list(parts[start : start + _TOGETHER]))
+            x = _taken(parts[start : start + _TOGETHER])
             value = _product(x, x, low=self.low)
-            made = Total(value if made is None else made.sum.add_(value), len(x) + (made.rows if made else 0))
+            made = Total(value.double() if made is None else made.sum.add_(value), len(x) + (made.rows if made else 0))
+            del x, value
         if made is None:
             raise AssertionError("a stage is what the largest call reads")
         return made
@@ -116,10 +119,10 @@ class Turns:
     def _paired(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> Moments:
         made: Moments | None = None
         for start in range(0, len(now), _TOGETHER):
-            x0, x = (torch.cat(list(parts[start : start + _TOGETHER])) for parts in (before, now))
+            x0, x = (_taken(parts[start : start + _TOGETHER]) for parts in (before, now))
             own, cross = _product(x, x, low=self.low), _product(x0, x, low=self.low)
             if made is None:
-                made = Moments(own, cross, len(x))
+                made = Moments(own.double(), cross.double(), len(x))
             else:
                 made.gram += own
                 made.cross += cross
@@ -143,6 +146,13 @@ class Turns:
         return self._written[kind]
 
 
+def _taken(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all; what lies on disk is not held twice."""
+    x = torch.cat(list(parts))
+    drop_pages(parts)
+    return x
+
+
 def _refuse_again(names: set[str]) -> None:
     """The largest call ran every layer once, and so must the others: a part of what is read would not count."""
     if names:
@@ -152,13 +162,13 @@ def _refuse_again(names: set[str]) -> None:
 
 
 def _product(x0: Tensor, x: Tensor, *, low: bool) -> Tensor:
-    """x0^T x [in, in] of rows, float64; exactly symmetric where both are one tensor.
+    """x0^T x [in, in] of rows, in float32 or finer; exactly symmetric where both are one tensor.
 
     In bfloat16 only what varies is multiplied, and the means are added afterwards: a product of them would be rounded
     to more than what distinguishes the rows.
     """
     if not low:
-        return (gram(x) if x0 is x else x0.T @ x).double()
+        return gram(x) if x0 is x else x0.T @ x
     mean0, off0, rest0 = _centred(x0)
     mean, off, rest = (mean0, off0, rest0) if x0 is x else _centred(x)
     varying = (gram(off) if x0 is x else off0.T @ off).double()

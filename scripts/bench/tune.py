@@ -4,7 +4,7 @@
 The search runs in a fresh folder. Then every combination of the settings is built, checked and timed by `--exhaustive`
 in a copy of that folder, with four times as many rounds each, and its own best are timed against each other again.
 Last, the search's pick is timed against the pick of that and against every target as `export` makes it: at each size
-all of them interleaved, in fresh processes, since what looked best among many was lucky too.
+all of them interleaved, in several sets of fresh processes, since what looked best among many was lucky too.
 
 Prints JSON: seconds of both; `time` is the pick's time over that of each rival per size, with its 95 % interval and the
 verdict on the pick; `regret` is how much longer it takes than the pick of all (geometric mean over the sizes),
@@ -34,6 +34,7 @@ from typing import Any
 
 from deploytool.artifact import Artifact
 from deploytool.bench.compare import compare
+from deploytool.bench.statistics import center, speedup
 from deploytool.storage import write_json
 from deploytool.tune.search import _EXHAUSTIVE_ROUNDS, _RACE_ROUNDS
 from deploytool.worker import NO_LIMITS
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--budget", default="20m")
     parser.add_argument("--at", action="append", required=True)
     parser.add_argument("--seconds", type=float, default=120.0, help="for the last timing, at each size")
+    parser.add_argument("--lives", type=int, default=5, help="sets of fresh processes that share these seconds")
     parser.add_argument("--work", type=Path, required=True, help="a folder of its own")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def main() -> None:
         shutil.copytree(search, every)
     whole = once(given.work / "every.json", lambda: tune(given, every, "--exhaustive"))
     rivals = {EVERY: every / "chosen"} | exported(given, given.work / "export")
-    times = once(given.work / "times.json", lambda: timed(search, rivals, given.seconds))
+    times = once(given.work / "times.json", lambda: timed(search, rivals, given.seconds, given.lives))
     races = seconds_of("race", every) - seconds_of("race", search)
     print(json.dumps(summary(found, whole, races, times), indent=2))
 
@@ -99,18 +101,29 @@ def exported(given: argparse.Namespace, out: Path) -> dict[str, Path]:
     return {target: out / target for target in given.targets if (out / target).is_dir()}
 
 
-def timed(search: Path, rivals: dict[str, Path], seconds: float) -> dict[str, dict[str, Any]]:
-    """Per rival and size: the pick's time over the rival's, its interval (None of too few blocks), and the verdict."""
+def timed(search: Path, rivals: dict[str, Path], seconds: float, lives: int) -> dict[str, dict[str, Any]]:
+    """Per rival and size: the pick's time over the rival's, over so many lives of their processes.
+
+    The lives' ratios are what the estimate, its interval (None of too few) and the verdict are of: in all blocks of one
+    life the same process may be the lucky one.
+    """
     pick = Artifact.load(search / "chosen")
     others = {name: Artifact.load(folder) for name, folder in rivals.items()}
     found: dict[str, dict[str, Any]] = {name: {} for name in others}
     for case in sorted((search / "cases").glob("*.npz")):
-        result = compare(pick, others, case, limits=NO_LIMITS, budget_seconds=seconds, seed=0,
-                         report=lambda line: print(line, file=sys.stderr))  # fmt: skip
-        for name, figures in result["against"].items():
-            interval = figures["speedup_ci"] and [1 / speedup for speedup in reversed(figures["speedup_ci"])]
-            found[name][case.stem] = {"ratio": 1 / figures["speedup"], "interval": interval,
-                                      "verdict": figures["verdict"]}  # fmt: skip
+        ratios: dict[str, list[float]] = {name: [] for name in others}
+        for life in range(lives):
+            result = compare(pick, others, case, limits=NO_LIMITS, budget_seconds=seconds / lives, seed=life,
+                             report=lambda line: print(line, file=sys.stderr))  # fmt: skip
+            for name, figures in result["against"].items():
+                ratios[name].append(math.log(figures["speedup"]))
+        for name, values in ratios.items():
+            of_lives = speedup(values, seed=0)
+            found[name][case.stem] = {
+                "ratio": math.exp(-center(values)), "lives": [math.exp(-value) for value in values],
+                "interval": of_lives and [1 / of_lives.high, 1 / of_lives.low],
+                "verdict": of_lives and of_lives.verdict(),
+            }  # fmt: skip
     return found
 
 

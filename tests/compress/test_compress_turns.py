@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploytool.compress import paused as paused_module
 from deploytool.compress import turns as turns_module
 from deploytool.compress.blocks import Block, walk_blocks
 from deploytool.compress.calls import leaves, replay
@@ -18,6 +19,7 @@ from deploytool.compress.matrices import matrix, matrix_layers, set_matrix
 from deploytool.compress.paused import Paused, _Pass
 from deploytool.compress.turns import Turns
 from deploytool.errors import InputRefused
+from deploytool.load import memory
 from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
 
@@ -100,6 +102,29 @@ def test_waiting_calls_give_what_new_calls_give(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weights, others, rtol=1e-5, atol=1e-6)
     assert not _waiting()
+
+
+@pytest.mark.parametrize("kind", [{}, {"writes": True}])
+def test_what_waits_on_disk_is_the_same(tiny: Source, monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]) -> None:
+    """Large tensors that calls wait with must lie in files, and give what they give in memory, bit by bit."""
+    in_memory, weights, _ = _walked(_chain(tiny, **kind))
+    monkeypatch.setattr(paused_module, "_LARGE", 1)
+    monkeypatch.setattr(memory, "_LEAST", 1)
+    mapped: list[bool] = []
+    right = turns_module._taken
+
+    def taken(parts: list[Tensor]) -> Tensor:
+        files = memory._mapped_files()
+        mapped.extend(any(low <= part.data_ptr() < high for low, high in files) for part in parts)
+        return right(parts)
+
+    monkeypatch.setattr(turns_module, "_taken", taken)
+    on_disk, others, _ = _walked(_chain(tiny, **kind))
+    assert mapped and (all(mapped) or sys.platform != "linux")
+    assert [(name, total.tolist(), rows) for name, total, rows in on_disk] == [
+        (name, total.tolist(), rows) for name, total, rows in in_memory
+    ]
+    assert all(torch.equal(one, two) for one, two in zip(weights, others, strict=True))
 
 
 def test_two_walks_are_bit_identical(tiny: Source) -> None:
