@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,15 +169,15 @@ def run_faults(work: Path, only: str) -> list[dict[str, Any]]:
     return rows
 
 
-def run_clean(work: Path, count: int, first: int) -> list[dict[str, Any]]:
-    """`count` exports: each model to ort and to one other target, in turn."""
+def run_clean(work: Path, count: int, first: int, targets: Sequence[str]) -> list[dict[str, Any]]:
+    """`count` exports: each model to ort and to one of the targets, in turn."""
     from varied import KINDS
 
     rows = []
     for index in range(first, first + (count + 1) // 2):
         kind, folder = KINDS[index % len(KINDS)], work / str(index)
         model = Model(kind, index, folder)
-        for target in ("ort", TARGETS[index // len(KINDS) % len(TARGETS)]):
+        for target in ("ort", targets[index // len(KINDS) % len(targets)]):
             rows.append(_guarded(lambda m=model, t=target: _clean(m, t), model=f"{kind} {index}", target=target))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         shutil.rmtree(folder)
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=0, metavar="N", help="verify N clean exports")
     parser.add_argument("--drawn", type=int, default=0, metavar="N", help="plant N faults drawn from seeds")
     parser.add_argument("--first", type=int, default=0, help="with --clean and --drawn: the first seed")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="with --clean: beside ort")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     # NNCF shows its progress on stdout, where the figures go.
@@ -239,7 +240,7 @@ def main() -> None:
         faults = run_faults(Path(folder), given.only) if given.faults else []
         if given.drawn:
             faults += run_drawn(Path(folder) / "drawn", given.drawn, given.first)
-        clean = run_clean(Path(folder) / "clean", given.clean, given.first) if given.clean else []
+        clean = run_clean(Path(folder) / "clean", given.clean, given.first, given.targets) if given.clean else []
     print(json.dumps(summary(faults, clean), indent=2))
 
 
