@@ -101,6 +101,22 @@ class GpuMeter:
             raise _unreadable(f"{name} answered {code}" + (f", {_NVML_REASONS[code]}" if code in _NVML_REASONS else ""))
 
 
+class MachineMeter:
+    """Joules of all processor packages and, where their driver tells them, of all NVIDIA GPUs.
+
+    Raises EnvironmentLacking as `Meter` does: work on a GPU that leaves the processors idle is to count whole, and so
+    is work that leaves the GPU idle.
+    """
+
+    def __init__(self) -> None:
+        gpus, _ = or_reason(GpuMeter, "NVML")
+        self._counters: list[Counter] = [Meter(), *([gpus] if gpus else [])]
+
+    def lap(self) -> float:
+        """Joules since the last call, or since the meter was made."""
+        return sum(counter.lap() for counter in self._counters)
+
+
 def counters_for(artifacts: Iterable[Artifact]) -> tuple[dict[str, Counter | None], dict[str, str]]:
     """Counters by the key of what they give per run, and what the environment says of each: its name, or why not."""
     packages, energy = or_reason(Meter, "RAPL")

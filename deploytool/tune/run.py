@@ -12,7 +12,7 @@ from typing import Any
 from deploytool.artifact import MANIFEST, REPORT, Artifact
 from deploytool.backends.base import find_backend, load_checked_target
 from deploytool.bench.compare import compare, headline
-from deploytool.bench.energy import Meter
+from deploytool.bench.energy import MachineMeter
 from deploytool.bench.environment import environment
 from deploytool.bench.sizes import resized_case
 from deploytool.compress.recipe import find_recipe, load_recipe
@@ -109,7 +109,7 @@ def tune(
     when nothing keeps the quality, and EnvironmentLacking when energy is asked for and cannot be read.
     """
     if question.objective == "energy":
-        Meter()  # raises before any work is done
+        MachineMeter()  # raises before any work is done
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     with Store(out) as store, Models(plan.model, out, options, store, say) as models:

@@ -14,7 +14,7 @@ import numpy as np
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import find_backend
-from deploytool.bench.energy import Meter
+from deploytool.bench.energy import MachineMeter
 from deploytool.bench.environment import environment
 from deploytool.cache import Prepared
 from deploytool.pipeline.reference import Reference
@@ -51,7 +51,7 @@ class Station:
 
     def __init__(self, terms: Terms):
         self._terms = terms
-        self._meter = Meter() if terms.energy else None
+        self._meter = MachineMeter() if terms.energy else None
         self._references: dict[tuple[ModelRef, Path], Reference] = {}
         self._stack = ExitStack()
         self._track = self._stack.enter_context(Track(terms.cases, _SLOT_SECONDS, terms.limits, self._meter))

@@ -18,7 +18,7 @@ import numpy as np
 from deploytool.artifact import Artifact
 from deploytool.bench.blocks import GUARD_MOVED, medians
 from deploytool.bench.compare import SHORT_MS, Process
-from deploytool.bench.energy import Meter
+from deploytool.bench.energy import MachineMeter
 from deploytool.bench.environment import usable_cores
 from deploytool.bench.serve import THREAD_LIMITS
 from deploytool.worker import Limits, Worker
@@ -43,7 +43,7 @@ class Track:
     measured beside time.
     """
 
-    def __init__(self, cases: Sequence[Path], slot: float, limits: Limits, meter: Meter | None = None):
+    def __init__(self, cases: Sequence[Path], slot: float, limits: Limits, meter: MachineMeter | None = None):
         self._cases = list(cases)
         self._slot = slot
         self._limits = limits

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deploytool.bench import energy
-from deploytool.bench.energy import GpuMeter, Meter, or_reason
+from deploytool.bench.energy import GpuMeter, MachineMeter, Meter, or_reason
 from deploytool.errors import EnvironmentLacking
 
 
@@ -106,3 +106,19 @@ def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "_NVML", "libno-such-nvml.so.1")
     counter, said = or_reason(GpuMeter, "NVML")
     assert counter is None and said.startswith("unavailable:") and "libno-such-nvml.so.1" in said
+
+
+def test_the_whole_machine_counts_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors and GPUs are added where both are told; without a GPU it is the processors, without them nothing."""
+    monkeypatch.setattr(Meter.__init__, "__defaults__", (tmp_path,))
+    with pytest.raises(EnvironmentLacking, match="no RAPL zone"):
+        MachineMeter()
+    zone(tmp_path, "intel-rapl:0", 0)
+    nvml = Nvml([1_000, 2_000])
+    for library, joules in ((nvml, 0.3 + 1.5), (Nvml([]), 0.3)):
+        zone(tmp_path, "intel-rapl:0", 0)
+        monkeypatch.setattr(energy, "_driver_library", lambda library=library: library)
+        meter = MachineMeter()
+        zone(tmp_path, "intel-rapl:0", 300_000)
+        nvml.millijoules = [2_000, 2_500]
+        assert meter.lap() == pytest.approx(joules)
