@@ -11,7 +11,7 @@ from deploytool import shipped
 from deploytool.errors import UsageProblem, nearest
 from deploytool.settings import Table, load_toml
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 
 
 class Limits(Table):

@@ -12,7 +12,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from deploytool.artifact import Artifact
 from deploytool.backends.cut import CutNode, Stored
-from deploytool.backends.onnx_fp16 import with_roundings
+from deploytool.backends.onnx_rounded import HALVES, in_floats
 from deploytool.backends.onnxruntime import open_session
 from deploytool.errors import BackendFailed, InputRefused
 from deploytool.signature import Feeds, Outputs
@@ -26,7 +26,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tuple[OnnxGraph, OnnxGraph]:
     """The portable graph without any fusion, and the artifact's; of TensorRT the graph behind the engine."""
-    half = artifact.precision == "fp16"
+    half = artifact.precision == "fp16" or "parity_graph" in artifact.settings
     level = "disabled" if half else str(artifact.settings.get("optimization", "all"))
     path = artifact.folder / str(artifact.settings.get("graph", artifact.entry))
     if path.suffix != ".onnx":
@@ -74,7 +74,7 @@ class OnnxGraph:
 
     def run(self, wanted: Sequence[str], given: Feeds) -> Outputs:
         """The sub-model between `given` and `wanted`; see CutGraph."""
-        feeds = {f"{name}{_GIVEN}": self._typed(name, array) for name, array in given.items()}
+        feeds = {f"{name}{_GIVEN}": self._fed(name, array) for name, array in given.items()}
         model = self._between(wanted, given)
         asked = {value.name for value in model.graph.input}
         try:
@@ -84,7 +84,17 @@ class OnnxGraph:
             raise
         except Exception as error:  # the library raises a class of its own per status, without a common base
             raise BackendFailed("DT504", f"ONNX Runtime must run the cut graph (got: {error})"[:2000]) from error
-        return dict(zip(wanted, map(np.asarray, arrays), strict=True))
+        return {name: self._as_stored(name, np.asarray(array)) for name, array in zip(wanted, arrays, strict=True)}
+
+    def _fed(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array in the type that the session takes: of a rounding graph, floats that are 16-bit numbers."""
+        typed = self._typed(name, array)
+        return typed.astype(np.float32) if self._rounded and self._types.get(name) in HALVES else typed
+
+    def _as_stored(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A rounded float in the fp16 that the artifact has it in; NumPy has no bf16 of its own."""
+        half = self._rounded and self._types.get(name) == TensorProto.FLOAT16
+        return array.astype(np.float16) if half else array
 
     def _typed(self, name: str, array: np.ndarray) -> np.ndarray:
         """The array in the type that this graph has for it: a tensor may be half precision here."""
@@ -114,7 +124,7 @@ class OnnxGraph:
                 tensor = result.graph.initializer.add()
                 tensor.CopyFrom(self._constants[name])
                 tensor.name = name
-        return with_roundings(result) if self._rounded else result
+        return in_floats(result) if self._rounded else result
 
     def _reached(self, wanted: Sequence[str], given: Feeds) -> tuple[set[int], set[str]]:
         """Identities of the nodes that the wanted tensors need, and the names that these nodes read."""

@@ -8,17 +8,17 @@ the casts around them).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploytool.artifact import Artifact
 from deploytool.backends.onnx_half import LARGEST, SMALLEST, to_half
+from deploytool.backends.onnx_rounded import in_floats
 from deploytool.errors import InputRefused
 from deploytool.signature import Feeds
 
@@ -35,16 +35,46 @@ def write_fp16(source: Path, feeds: Sequence[Feeds], fp32_ops: Sequence[str], ou
 
     Raises InputRefused when the fp16 graph gives NaN or infinity where the fp32 graph does not.
     """
-    model = onnx.load(source)
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"unnamed_{node.op_type}_{index}"
-    by_kind = [node.name for node in model.graph.node if node.op_type in (*FP32_OPS, *fp32_ops)]
+    model = _named(source)
+    by_kind = kept_by_kind(model, fp32_ops)
     by_constant = _with_small_constants(model)
     by_value = _beyond_range(model, feeds)
-    half = to_half(model, {*by_kind, *by_constant, *by_value})
+    kept = {*by_kind, *by_constant, *by_value}
+    half = to_half(model, kept | _grids_of(model, kept))
     onnx.save(half, out)
     _check_finite(model, out, feeds)
     return {"fp32_nodes": {"by_kind": len(by_kind), "small_constants": len(by_constant), "out_of_range": by_value}}
+
+
+def write_bf16(source: Path, fp32_ops: Sequence[str], out: Path) -> dict[str, object]:
+    """Write the bf16 graph to `out`, as `write_fp16`: its range is that of fp32, so only kinds of nodes stay so."""
+    model = _named(source)
+    by_kind = kept_by_kind(model, fp32_ops)
+    onnx.save(to_half(model, {*by_kind, *_grids_of(model, set(by_kind))}, TensorProto.BFLOAT16), out)
+    return {"fp32_nodes": {"by_kind": len(by_kind)}}
+
+
+def _named(source: Path) -> ModelProto:
+    model = onnx.load(source)
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"unnamed_{node.op_type}_{index}"
+    return model
+
+
+def kept_by_kind(model: ModelProto, fp32_ops: Sequence[str]) -> list[str]:
+    """Names of the nodes that stay fp32 for what they are."""
+    return [node.name for node in model.graph.node if node.op_type in (*FP32_OPS, *fp32_ops)]
+
+
+def _grids_of(model: ModelProto, kept: set[str]) -> set[str]:
+    """The DequantizeLinear nodes that only nodes in fp32 read: a Cast between would keep an engine from int8."""
+    users: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    grids = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    return {grid.name for grid in grids
+            if (read := users.get(grid.output[0])) and all(node.name in kept for node in read)}  # fmt: skip
 
 
 def refuse_grids(portable: Artifact, engine: str) -> None:
@@ -77,7 +107,8 @@ def _beyond_range(model: ModelProto, feeds: Sequence[Feeds]) -> list[str]:
     probe = ModelProto()
     probe.CopyFrom(model)
     known = {value.name for value in probe.graph.output}
-    inner = {name for node in probe.graph.node for name in node.output if name} - known
+    codes = {node.output[0] for node in probe.graph.node if node.op_type == "QuantizeLinear"}
+    inner = {name for node in probe.graph.node for name in node.output if name} - known - codes
     probe.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in sorted(inner))
     session = _session(probe.SerializeToString())
     names = [output.name for output in session.get_outputs()]
@@ -107,33 +138,8 @@ def _check_finite(model: ModelProto, out: Path, feeds: Sequence[Feeds]) -> None:
 
 
 def rounding_session(path: Path, threads: int = 0) -> ort.InferenceSession:
-    """A session that rounds every fp16 value, as a GPU does.
-
-    On CPUs ONNX Runtime computes most fp16 operators in float and leaves the rounding out where two of them meet: its
-    outputs would look better than any GPU's. Two Identities after every fp16 value (one alone is run in float too),
-    kept by switching optimization off, bring the rounding back.
-    """
-    return _session(with_roundings(onnx.load(path)).SerializeToString(), threads)
-
-
-def with_roundings(model: ModelProto) -> ModelProto:
-    """A copy in which every fp16 value is really rounded; see rounding_session."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    halves = {v.name for v in inferred.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT16}
-    result = ModelProto()
-    result.CopyFrom(model)
-    del result.graph.node[:]
-    for node in model.graph.node:
-        copy = result.graph.node.add()
-        copy.CopyFrom(node)
-        for index, name in enumerate(node.output):
-            if name in halves:
-                steps = (f"{name}:unrounded", f"{name}:rounded", name)
-                copy.output[index] = steps[0]
-                result.graph.node.extend(
-                    helper.make_node("Identity", [a], [b], name=f"{b}:identity") for a, b in itertools.pairwise(steps)
-                )
-    return result
+    """A session that rounds every fp16 value, as a GPU does: see onnx_rounded.py."""
+    return _session(in_floats(onnx.load(path)).SerializeToString(), threads)
 
 
 def _session(model: bytes, threads: int = 0) -> ort.InferenceSession:

@@ -1,4 +1,4 @@
-"""Rewrites a float ONNX graph to half precision, but for chosen nodes; a pure graph-to-graph step.
+"""Rewrites a float ONNX graph to 16 bits, fp16 or bf16, but for chosen nodes; a pure graph-to-graph step.
 
 Every float tensor has up to two forms, half and full, made by one Cast when a node first asks for the other. Inputs and
 outputs of the graph keep their types. (The converters of onnxruntime 1.31 and onnxconverter-common 1.16 write graphs
@@ -17,12 +17,16 @@ from deploytool.errors import InputRefused
 
 LARGEST = 65504.0
 SMALLEST = 2.0**-14  # below, half precision loses digits
+_ENDS: dict[int, float] = {TensorProto.FLOAT16: LARGEST, TensorProto.BFLOAT16: (2 - 2.0**-7) * 2.0**127}
 _ALWAYS_FULL_INPUTS = {"Resize": (1, 2)}  # region and scales
 
 
-def to_half(model: ModelProto, fp32_nodes: Collection[str]) -> ModelProto:
-    """A copy in half precision; nodes named in `fp32_nodes`, and those with a body (If, Loop), compute in float."""
-    work = _Rewriter(model, frozenset(fp32_nodes))
+def to_half(model: ModelProto, fp32_nodes: Collection[str], kind: int = TensorProto.FLOAT16) -> ModelProto:
+    """A copy in FLOAT16 or BFLOAT16; nodes named in `fp32_nodes`, and those with a body (If, Loop), compute in float.
+
+    Constants beyond the type's range are clipped to its ends: they are masks.
+    """
+    work = _Rewriter(model, frozenset(fp32_nodes), kind)
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.value_info[:]
@@ -37,10 +41,10 @@ def to_half(model: ModelProto, fp32_nodes: Collection[str]) -> ModelProto:
 class _Rewriter:
     """Walks the nodes in order; `half` and `full` say where a float tensor's forms are to be found."""
 
-    def __init__(self, model: ModelProto, fp32_nodes: frozenset[str]) -> None:
-        self.fp32_nodes = fp32_nodes
+    def __init__(self, model: ModelProto, fp32_nodes: frozenset[str], kind: int) -> None:
+        self.fp32_nodes, self.kind = fp32_nodes, kind
         self.given = {t.name: t for t in model.graph.initializer}
-        self.floats = _float_tensors(model)
+        self.floats = float_tensors(model)
         self.results = {value.name for value in model.graph.output}
         self.half: dict[str, str] = {}
         self.full: dict[str, str] = {v.name: v.name for v in model.graph.input if v.name in self.floats}
@@ -66,7 +70,7 @@ class _Rewriter:
 
     def _place_outputs(self, node: NodeProto, copy: NodeProto, full: bool) -> None:
         if not full:
-            _retype(copy)
+            _retype(copy, self.kind)
         for index, name in enumerate(node.output):
             if name in self.floats and full:
                 self.full[name] = name
@@ -77,9 +81,9 @@ class _Rewriter:
         if name not in self.half:
             self.half[name] = f"{name}:half"
             if name in self.given:
-                self.constants[f"{name}:half"] = _half_constant(self.given[name], f"{name}:half")
+                self.constants[f"{name}:half"] = _half_constant(self.given[name], f"{name}:half", self.kind)
             else:
-                self.nodes.append(_cast(self.full[name], f"{name}:half", TensorProto.FLOAT16))
+                self.nodes.append(_cast(self.full[name], f"{name}:half", self.kind))
         return self.half[name]
 
     def _full(self, name: str) -> str:
@@ -108,40 +112,46 @@ class _Rewriter:
                 value.name = self._full(value.name)
 
 
-def _float_tensors(model: ModelProto) -> set[str]:
+def float_tensors(model: ModelProto) -> set[str]:
     """Names of the graph's float32 tensors; raises InputRefused when the type of one cannot be told."""
+    return {name for name, kind in tensor_types(model).items() if kind == TensorProto.FLOAT}
+
+
+def tensor_types(model: ModelProto) -> dict[str, int]:
+    """Element type of every tensor; raises InputRefused when that of one cannot be told."""
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
     types |= {t.name: t.data_type for t in graph.initializer}
     for node in graph.node:
         for name in node.output:
             if name and not types.get(name):
-                raise InputRefused("DT310", f"the type of every tensor must be known for fp16 (got {node.op_type}, "
+                raise InputRefused("DT310", f"the type of every tensor must be known for 16 bits (got {node.op_type}, "
                                             f"node {node.name!r})")  # fmt: skip
-    return {name for name, kind in types.items() if kind == TensorProto.FLOAT}
+    return types
 
 
-def _retype(node: NodeProto) -> None:
-    """Where a node's own attributes say float, let them say half."""
+def _retype(node: NodeProto, kind: int) -> None:
+    """Where a node's own attributes say float, let them say the 16-bit type."""
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
-            attribute.i = TensorProto.FLOAT16
+            attribute.i = kind
         if attribute.type == AttributeProto.TENSOR and attribute.t.data_type == TensorProto.FLOAT:
-            attribute.t.CopyFrom(_half_constant(attribute.t, attribute.t.name))
+            attribute.t.CopyFrom(_half_constant(attribute.t, attribute.t.name, kind))
         if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
             number = attribute.f if attribute.name == "value_float" else list(attribute.floats)
-            value = numpy_helper.from_array(_clipped(np.array(number, np.float32)))
+            value = numpy_helper.from_array(_clipped(np.array(number, np.float32), kind))
             attribute.CopyFrom(helper.make_attribute("value", value))
     if node.op_type == "ConstantOfShape" and not node.attribute:
-        node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(np.zeros(1, np.float16))))
+        zero = numpy_helper.from_array(_clipped(np.zeros(1, np.float32), kind))
+        node.attribute.append(helper.make_attribute("value", zero))
 
 
-def _half_constant(tensor: TensorProto, name: str) -> TensorProto:
-    return numpy_helper.from_array(_clipped(numpy_helper.to_array(tensor)), name)
+def _half_constant(tensor: TensorProto, name: str, kind: int) -> TensorProto:
+    return numpy_helper.from_array(_clipped(numpy_helper.to_array(tensor), kind), name)
 
 
-def _clipped(array: np.ndarray) -> np.ndarray:
-    half: np.ndarray = np.clip(array, -LARGEST, LARGEST).astype(np.float16)
+def _clipped(array: np.ndarray, kind: int) -> np.ndarray:
+    half: np.ndarray = np.clip(array, -_ENDS[kind], _ENDS[kind]).astype(helper.tensor_dtype_to_np_dtype(kind))
     return half
 
 

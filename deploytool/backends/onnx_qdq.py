@@ -1,7 +1,8 @@
 """Writes static int8 into an ONNX graph: pairs of QuantizeLinear and DequantizeLinear at chosen products.
 
 Only what a chosen node reads is rounded: a residual sum beside a product keeps its floats. Engines fuse the pairs into
-int8 kernels. Weights are symmetric per output channel; activations have one range per tensor.
+int8 kernels. Weights are symmetric per output channel; activations have one range per tensor. Other grids than int8 are
+in onnx_schemes.py.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploytool.backends.onnx_ranges import Range
+from deploytool.backends.onnx_ranges import METHODS, Range
 from deploytool.backends.saturation import pair_sums
 
 _ACTIVATIONS = ("Relu", "Clip")  # merged into a convolution that is rounded after them
@@ -26,10 +28,21 @@ class Scheme:
 
     weight_bits   7: where 8 could saturate in kernels that add two products in 16 bits (saturation.py), else 8
     symmetric     activations as int8 with zero point 0, else as uint8 with a zero point
+
+    name             of the type
+    opset            the first operator set that has it, which the graph must be of
+    rounds_inputs    whether activations are rounded too
+    rounds_results   whether what a convolution gives is rounded, so that the next layer reads codes
+    calibrations     what `calibration = "auto"` chooses from
     """
 
     weight_bits: int
     symmetric: bool = False
+    name: ClassVar[str] = "int8"
+    opset: ClassVar[int] = 13
+    rounds_inputs: ClassVar[bool] = True
+    rounds_results: ClassVar[bool] = True
+    calibrations: ClassVar[tuple[str, ...]] = METHODS
 
     def step(self, low: float, high: float) -> tuple[np.float32, np.integer]:
         """Scale and zero point of an activation with this range."""
@@ -46,12 +59,22 @@ class Scheme:
         grid: np.ndarray = (np.clip(np.round(x / step) + float(zero), ends.min, ends.max) - float(zero)) * step
         return grid.astype(np.float32, copy=False)
 
-    def codes(self, weight: np.ndarray, axis: int, least: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Codes of a weight and the scale of each channel along `axis`, no scale below `least`."""
+    def codes(
+        self, weight: np.ndarray, axis: int, least: np.ndarray | None = None, node: str = ""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes of the weight of `node` and the scale of each channel along `axis`, no scale below `least`."""
         codes, scale = _rounded(weight, axis, least, 8)
         if self.weight_bits == 8 or not pair_sums(codes, axis).can_saturate:
             return codes, scale
         return _rounded(weight, axis, least, self.weight_bits)
+
+
+def values(codes: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    """What codes stand for, float32; scales are of channels along `axis`, or [blocks, outputs] of [inputs, outputs]."""
+    if scale.ndim > 1:
+        return np.asarray(codes.astype(np.float32) * np.repeat(scale, len(codes) // len(scale), axis=0))
+    spread = scale.reshape([-1 if index == axis else 1 for index in range(codes.ndim)])
+    return np.asarray(codes.astype(np.float32) * spread)
 
 
 def _rounded(weight: np.ndarray, axis: int, least: np.ndarray | None, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,15 +99,15 @@ def quantizable(model: ModelProto, op_types: Sequence[str]) -> list[NodeProto]:
             and (ranks.get(n.input[1]) == 2 if n.op_type == "MatMul" else ranks.get(n.input[1], 0) > 2)]  # fmt: skip
 
 
-def ranges_needed(model: ModelProto, nodes: Sequence[NodeProto]) -> set[str]:
+def ranges_needed(model: ModelProto, nodes: Sequence[NodeProto], scheme: Scheme) -> set[str]:
     """Names of the tensors whose range must be known to quantize these nodes."""
     users = _users(model)
-    results = {_end(node, users) for node in nodes if node.op_type == "Conv"}
-    return {node.input[0] for node in nodes} | results
+    results = {_end(node, users) for node in nodes if node.op_type == "Conv" and scheme.rounds_results}
+    return {node.input[0] for node in nodes if scheme.rounds_inputs} | results
 
 
 def write_qdq(model: ModelProto, nodes: Sequence[NodeProto], ranges: Mapping[str, Range], scheme: Scheme) -> ModelProto:
-    """A copy of the graph in which these nodes read and (convolutions) give int8."""
+    """A copy of the graph in which these nodes read and (convolutions of int8) give codes."""
     result = ModelProto()
     result.CopyFrom(model)
     work = _Writer(result, {node.name for node in nodes}, ranges, scheme)
@@ -103,7 +126,8 @@ class _Writer:
 
     def written(self, model: ModelProto) -> list[NodeProto]:
         users = _users(model)
-        ends = {_end(n, users) for n in model.graph.node if n.name in self.chosen and n.op_type == "Conv"}
+        ends = {_end(n, users) for n in model.graph.node
+                if n.name in self.chosen and n.op_type == "Conv" and self.scheme.rounds_results}  # fmt: skip
         final = {value.name for value in model.graph.output}
         for node in model.graph.node:
             copy = NodeProto()
@@ -119,17 +143,21 @@ class _Writer:
         return self.nodes
 
     def _product(self, node: NodeProto, copy: NodeProto) -> NodeProto:
-        copy.input[0] = self._pair(node.input[0])
         weight = self.given[node.input[1]]
         axis = channel_axis(node, weight)
+        if not self.scheme.rounds_inputs:
+            codes, scale = self.scheme.codes(weight, axis, node=node.name)
+            copy.input[1] = self._dequantized(f"{node.name}:weight", codes, scale, None, 0, len(codes) // len(scale))
+            return copy
+        copy.input[0] = self._pair(node.input[0])
         # TensorRT takes a bias in float, ONNX Runtime's int8 convolution takes it as int32.
         biased = not self.scheme.symmetric and len(node.input) > 2 and node.input[2] in self.given
         step = self.scheme.step(*self.ranges[node.input[0]])[0]
         bias = self.given[node.input[2]] if biased else None
         least = None if bias is None else np.abs(bias) / (step * _LARGEST_BIAS)
-        codes, scale = self.scheme.codes(weight, axis, least)
+        codes, scale = self.scheme.codes(weight, axis, least, node.name)
         prefix = f"{node.name}:weight"
-        copy.input[1] = self._dequantized(prefix, codes, scale, np.zeros(len(scale), np.int8), axis)
+        copy.input[1] = self._dequantized(prefix, codes, scale, np.zeros(len(scale), codes.dtype), axis)
         if bias is not None:
             grid = scale * step
             whole = np.round(bias / grid).astype(np.int32)
@@ -149,11 +177,16 @@ class _Writer:
             ]  # fmt: skip
         return self.pairs[name]
 
-    def _dequantized(self, prefix: str, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int) -> str:
-        parts = [self._constant(f"{prefix}:{end}", array)
-                 for end, array in (("codes", codes), ("scale", scale), ("zero", zero))]  # fmt: skip
-        self.nodes.append(helper.make_node("DequantizeLinear", parts, [f"{prefix}:rounded"], axis=axis,
-                                           name=f"{prefix}:Dequantize"))  # fmt: skip
+    def _dequantized(
+        self, prefix: str, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, axis: int, block: int = 0
+    ) -> str:
+        given = {"codes": codes, "scale": scale} | ({} if zero is None else {"zero": zero})
+        parts = [self._constant(f"{prefix}:{end}", array) for end, array in given.items()]
+        node = helper.make_node("DequantizeLinear", parts, [f"{prefix}:rounded"], axis=axis,
+                                name=f"{prefix}:Dequantize")  # fmt: skip
+        if block:
+            node.attribute.append(helper.make_attribute("block_size", block))
+        self.nodes.append(node)
         return f"{prefix}:rounded"
 
     def _constant(self, name: str, array: np.ndarray) -> str:

@@ -87,7 +87,7 @@ class Activations:
 
     def _values(self) -> Iterator[tuple[str, np.ndarray]]:
         """Tensors as flat arrays of finite numbers, feed by feed."""
-        for one in self._feeds:
+        for one in self._feeds if self._names else ():  # no names would mean all outputs
             for name, array in zip(self._names, self._session.run(self._names, dict(one)), strict=True):
                 finite = array[np.abs(array) < _MASK]
                 if finite.size:

@@ -1,4 +1,5 @@
-"""Static int8 of an ONNX graph: ranges by calibration, and the products that cost most left in fp32.
+"""Static int8 (or fp8, or int4 of the weights) of an ONNX graph: ranges by calibration, and the products that cost
+most left in fp32.
 
 The unfused portable graph is quantized: engines fuse it afterwards, and the quantizers' trouble with operators that are
 not of ONNX's own ("Unable to find data type for weight_name") does not arise.
@@ -20,15 +21,18 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from deploytool.backends import saturation, sensitivity, tables
 from deploytool.backends.base import Request
+from deploytool.backends.onnx_opset import raise_opset
 from deploytool.backends.onnx_products import effects_of, with_products
-from deploytool.backends.onnx_qdq import Scheme, channel_axis, quantizable, ranges_needed, write_qdq
-from deploytool.backends.onnx_ranges import METHODS, Activations, Range
+from deploytool.backends.onnx_qdq import Scheme, channel_axis, quantizable, ranges_needed, values, write_qdq
+from deploytool.backends.onnx_ranges import Activations, Range
 from deploytool.errors import InputRefused, UsageProblem, nearest
 from deploytool.signature import Feeds
 
 _LARGEST_BYTES = 1_900_000_000  # a file of one piece must stay below 2 GB
 _OLDEST_OPSET = 13  # the first in which a weight may have a scale per channel
 _GOOD_ENOUGH_SHARE = 0.5  # of the profile's allowed loss of cosine
+# ONNX Runtime 1.31 takes a Relu before a fp8 QuantizeLinear for one that the rounding does, and drops it.
+WITHOUT = ("ReluQuantRewrite",)
 _AT_ONCE = 2  # products that are kept in addition while the loss is too large
 
 
@@ -48,8 +52,10 @@ def quantize_static(source: Path, request: Request, options: Options, out: Path)
 
     Raises InputRefused DT310 when there is nothing to quantize, DT303 without calibration feeds.
     """
-    model = with_products(onnx.load(source))
-    _check(model, options)
+    model = onnx.load(source)
+    _check_opset(model)
+    model = with_products(raise_opset(model, options.scheme.opset))
+    _check_names(model, options)
     nodes = [n for n in quantizable(model, options.op_types) if n.name not in options.keep.exclude]
     if not nodes:
         there = ", ".join(sorted({node.op_type for node in model.graph.node}))
@@ -60,16 +66,18 @@ def quantize_static(source: Path, request: Request, options: Options, out: Path)
     feeds = sensitivity.spread(request.calibration(), options.samples)
     if not feeds:
         raise InputRefused("DT303", "calibration must have at least one sample (got none)")
+    scheme = options.scheme
     search = _Search(model, nodes, feeds, request, options)
     best, kept, method, loss = search.best()
     _save(best, out)
     done = Counter(node.op_type for node in nodes if node.name not in kept)
     if not done:
-        raise InputRefused("DT310", "at least one product must become int8 (all are kept in fp32)",
+        raise InputRefused("DT310", f"at least one product must become {scheme.name} (all are kept in fp32)",
                            fix="lower keep_fp32, or choose an fp32 target")  # fmt: skip
-    return {"scheme": "static", "calibration": method, "calibration_feeds": len(feeds), "int8": dict(done),
-            "kept_fp32": [*options.keep.exclude, *kept], "weight_bits": options.scheme.weight_bits,
-            "calibration_loss": loss} | _widths(best, nodes, options.scheme)  # fmt: skip
+    return {"scheme": "static" if scheme.rounds_inputs else "weights",
+            "calibration": method if scheme.rounds_inputs else None, "calibration_feeds": len(feeds),
+            scheme.name: dict(done), "kept_fp32": [*options.keep.exclude, *kept], "weight_bits": scheme.weight_bits,
+            "calibration_loss": loss} | _widths(best, nodes, scheme)  # fmt: skip
 
 
 def _widths(graph: ModelProto, nodes: Sequence[NodeProto], scheme: Scheme) -> dict[str, Any]:
@@ -92,7 +100,7 @@ class _Search:
         self, model: ModelProto, nodes: Sequence[NodeProto], feeds: Sequence[Feeds], request: Request, options: Options
     ) -> None:
         self.model, self.nodes, self.feeds, self.request, self.options = model, nodes, feeds, request, options
-        self.activations = Activations(model, sorted(ranges_needed(model, nodes)), feeds)
+        self.activations = Activations(model, sorted(ranges_needed(model, nodes, options.scheme)), feeds)
         self.outputs = [value.name for value in model.graph.output]
         self.reference = self._run(model)
 
@@ -103,7 +111,8 @@ class _Search:
         effects = self._effects()
         kept = sensitivity.most_sensitive(effects, len(self.nodes), keep, cosine_min)
         wanted = _GOOD_ENOUGH_SHARE * (1.0 - cosine_min)
-        methods = METHODS if self.options.calibration == "auto" else (self.options.calibration,)
+        asked = self.options.calibration
+        methods = self.options.scheme.calibrations if asked == "auto" else (asked,)
         tried = {method: self._quantized(self.activations.ranges(method), kept) for method in methods}
         method = min(tried, key=lambda name: tried[name][1])
         graph, loss = tried[method]
@@ -148,7 +157,7 @@ def _sample_loss(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray])
 
 
 class _Static:
-    """Static int8 of one product alone; see onnx_products.Rounding."""
+    """The rounding of one product alone; see onnx_products.Rounding."""
 
     def __init__(
         self, model: ModelProto, nodes: Sequence[NodeProto], ranges: Mapping[str, Range], scheme: Scheme
@@ -172,11 +181,10 @@ class _Static:
         node = self.nodes[name]
         weight = numpy_helper.to_array(self.weights[node.input[1]])
         axis = channel_axis(node, weight)
-        codes, scale = self.scheme.codes(weight, axis)
-        near = codes * scale.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
+        near = values(*self.scheme.codes(weight, axis, node=name), axis)
         run = self.product(name)
-        rounded = self.scheme.rounded(x, *self.ranges[node.input[0]])
-        return run.run(None, {"x": x, "w": weight})[0], run.run(None, {"x": rounded, "w": near.astype(np.float32)})[0]
+        rounded = self.scheme.rounded(x, *self.ranges[node.input[0]]) if self.scheme.rounds_inputs else x
+        return run.run(None, {"x": x, "w": weight})[0], run.run(None, {"x": rounded, "w": near})[0]
 
     def _product(self, name: str) -> ort.InferenceSession:
         """A session of this node alone, without its bias: the bias is the same in both."""
@@ -194,15 +202,19 @@ def _session(model: ModelProto, *, fused: bool = True) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", str(int(not fused)))
     options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"],
+                                disabled_optimizers=[] if fused else list(WITHOUT))  # fmt: skip
 
 
-def _check(model: ModelProto, options: Options) -> None:
+def _check_names(model: ModelProto, options: Options) -> None:
     names = [node.name for node in model.graph.node]
     unknown = [name for name in options.keep.exclude if name not in names]
     if unknown:
         raise UsageProblem("DT202", f"build.exclude must name nodes of the graph (got {', '.join(unknown)})",
                            detail=[nearest(name, names) for name in unknown[:5]])  # fmt: skip
+
+
+def _check_opset(model: ModelProto) -> None:
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset < _OLDEST_OPSET:
         raise InputRefused("DT310", f"static int8 must have a graph of opset {_OLDEST_OPSET} or later (got {opset})",

@@ -27,7 +27,8 @@ _FLOATS = {"float": "fp32", "float16": "fp16", "double": "fp64", "bfloat16": "bf
 _INT8 = ("int8", "uint8")
 _WRITTEN: Mapping[int, str]
 _WRITTEN = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16",
-            TensorProto.DOUBLE: "fp64", TensorProto.INT8: "int8", TensorProto.UINT8: "int8"}  # fmt: skip
+            TensorProto.DOUBLE: "fp64", TensorProto.INT8: "int8", TensorProto.UINT8: "int8",
+            TensorProto.FLOAT8E4M3FN: "fp8", TensorProto.INT4: "int4"}  # fmt: skip
 _STANDARD = {schema.name for schema in onnx.defs.get_all_schemas()}
 _MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _LAYOUT = ("ReorderInput", "ReorderOutput")
@@ -45,15 +46,17 @@ def read_asked(runner: SessionRunner, artifact: Artifact, feeds: Feeds) -> tuple
     return "ONNX Runtime's profiler", list(_written_down(runner).values())
 
 
-def read_graph(artifact: Artifact, feeds: Feeds) -> list[Node]:
+def read_graph(artifact: Artifact, feeds: Feeds, runs: str = "") -> list[Node]:
     """The nodes of a graph as it stands, nothing fused: for engines that were built from it and cannot be asked.
 
     Precisions are those that the graph writes down: ONNX Runtime puts casts around what its CPU has no kernel for. A
     product of two tensors that DequantizeLinear gives is written as one of whole numbers, as engines that take Q/DQ
     graphs read it: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
+    `runs` names a file with the same nodes that ONNX Runtime can run, where it cannot run the graph itself.
     """
+    runnable = artifact.folder / runs if runs else artifact.main_file
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
-        session = open_session(artifact.main_file, threads_of(artifact), "disabled", profile=f"{folder}/ran")
+        session = open_session(runnable, threads_of(artifact), "disabled", profile=f"{folder}/ran")
         with SessionRunner(session, artifact.signature) as runner:
             runner.run(feeds)
             ran = _written_down(runner)
@@ -71,9 +74,11 @@ def _written(
 ) -> str:  # fmt: skip
     """The precision of a node's result; of a product, that of its first operand, or of the codes of its first two."""
     if ran.flops != 0 and len(node.input) > 1:
-        codes = {_WRITTEN.get(types.get(_codes(name, makers), 0), "other") for name in node.input[:2]}
-        if codes == {"int8"}:
-            return "int8"
+        codes = [_WRITTEN.get(types.get(_codes(name, makers), 0), "other") for name in node.input[:2]]
+        if codes[0] == codes[1] and codes[0] in ("int8", "fp8"):
+            return codes[0]
+        if codes[1] == "int4":
+            return "int4 weights"
     name = node.input[0] if ran.flops != 0 and node.input else node.output[0]
     return _WRITTEN.get(types.get(name, 0), "other")
 

@@ -17,8 +17,8 @@ def read(artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
     nodes the compiler fused, and whether it had an int8 kernel for each, is the engine's own.
     """
     graph = replace(artifact, entry=str(artifact.settings["graph"]))
-    nodes = read_graph(graph, feeds)
+    nodes = read_graph(graph, feeds, str(artifact.settings.get("parity_graph", "")))
     told = "the graph that the compiler was given, nothing fused yet"
-    if any(node.precision == "int8" and node.flops for node in nodes):
-        told += "; int8 are its products between grids, as they are written: the engine itself was not asked"
+    if any(node.precision in ("int8", "fp8") and node.flops for node in nodes):
+        told += "; int8 and fp8 are its products between grids, as they are written: the engine itself was not asked"
     return told, nodes

@@ -188,12 +188,17 @@ class SizeRange(Table):
 class TensorRtBuild(KeepFp32):
     """`profile` maps free dimensions to sizes; those left out are read from calibration feeds and parity cases.
 
-    `fp32_ops` are operators of the ONNX graph that stay fp32 in an fp16 engine, beside those that always do.
-    `calibration` and `calibration_samples` are for int8 of a model without learned scales, as in ONNX Runtime's static
-    int8, but with ranges around zero.
+    `fp32_ops` are operators of the ONNX graph that stay fp32 in what is fp16 or bf16, beside those that always do.
+    `calibration` and `calibration_samples` are for int8 and fp8 of a model without learned scales, as in ONNX Runtime's
+    static int8, but with ranges around zero; int4 reads as many feeds.
+
+    rest    of int8, fp8 and int4: what computes between the grids, and the layers that `keep_fp32` leaves alone
+    group   of int4: how many inputs share a scale, smaller where it does not divide them
     """
 
     profile: dict[str, SizeRange] = Field(default_factory=dict)
     fp32_ops: tuple[str, ...] = Field(default=(), strict=False)
     calibration: Literal["auto", "min-max", "percentile", "entropy"] = "auto"
     calibration_samples: int = Field(default=32, ge=1, le=10_000)
+    rest: Literal["fp32", "fp16", "bf16"] = "fp32"
+    group: Literal[16, 32, 64, 128] = 64

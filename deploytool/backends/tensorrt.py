@@ -1,9 +1,8 @@
-"""TensorRT engines for NVIDIA GPUs, from the portable graph in fp16 or fp32, or in int8 with scales that were learned.
+"""TensorRT engines for NVIDIA GPUs, from the portable graph in the profile's precision: see tensorrt_graph.py.
 
 Full TensorRT builds only beside a GPU and for it; TensorRT-RTX also builds without one, for the compute capabilities
-that the profile names. TensorRT networks are strongly typed: the precision is the graph's. Where the engine does not
-open here (no GPU, or another one than it is for), the artifact opens the very graph that the compiler was given, on
-ONNX Runtime, and its settings say why.
+that the profile names. Where the engine does not open here (no GPU, or another one than it is for), the artifact opens
+the very graph that the compiler was given, on ONNX Runtime, or the one that stands in for it, and its settings say why.
 """
 
 from __future__ import annotations
@@ -16,22 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends import sensitivity, tables
+from deploytool.backends import tables
 from deploytool.backends.base import Built, Request, nvidia_driver, portable_of
 from deploytool.backends.engine import threads_of
-from deploytool.backends.onnx_fp16 import refuse_grids, rounding_session, write_fp16
-from deploytool.backends.onnx_learned import write_learned
-from deploytool.backends.onnx_qdq import Scheme
-from deploytool.backends.onnx_static import Options, quantize_static
-from deploytool.backends.onnxruntime import SessionRunner, copy_graph, open_session
+from deploytool.backends.onnx_fp16 import rounding_session
+from deploytool.backends.onnxruntime import SessionRunner, open_session
+from deploytool.backends.tensorrt_graph import GRAPH, PARITY, write_graph
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem, nearest
 from deploytool.runner import Runner
 from deploytool.signature import Outputs, Signature
 from deploytool.target import Target
 
-GRAPH = "model.onnx"
 ENGINE = "model.engine"
-_FEEDS = 8  # calibration feeds on which fp16 is checked for overflow
 
 
 def _library() -> Any:
@@ -62,19 +57,9 @@ class TensorRt:
     def build(self, request: Request) -> Built:
         """Convert the graph, choose the optimization profile, compile."""
         options = tables.TensorRtBuild(**request.target.build)
-        portable = portable_of(request)
         precision = request.target.precision
         settings: dict[str, Any] = {"engine": ENGINE, "graph": GRAPH, "builder": f"{trt.__name__} {trt.__version__}"}
-        if precision == "int8":
-            settings |= _write_int8(portable, request, options)
-        elif precision == "fp16":
-            refuse_grids(portable, "TensorRT")
-            feeds = sensitivity.spread(request.calibration(), _FEEDS)
-            settings |= write_fp16(portable.main_file, feeds, options.fp32_ops, request.out / GRAPH)
-        elif precision == "fp32":
-            copy_graph(portable, request.out)
-        else:
-            raise UsageProblem("DT202", f"precision must be fp16, fp32 or int8 for TensorRT (got {precision})")
+        settings |= write_graph(portable_of(request), request, options)
         ranges = size_ranges(request, options)
         plan = compile_engine(request.out / GRAPH, request.signature, ranges, request.target)
         (request.out / ENGINE).write_bytes(plan)
@@ -82,30 +67,23 @@ class TensorRt:
         settings["rebuild"] = rebuild_command(request.signature, ranges)
         obstacle = obstacle_here(plan, request.signature)
         if obstacle:
-            return Built("tensorrt", GRAPH, precision, executes=False, settings={**settings, "not_executed": obstacle})
+            entry = PARITY if "parity_graph" in settings else GRAPH
+            return Built("tensorrt", entry, precision, executes=False, settings={**settings, "not_executed": obstacle})
         return Built("tensorrt", ENGINE, precision, settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
         """The engine where it opened when it was built; else its graph on ONNX Runtime."""
         if not artifact.executes:
-            threads = threads_of(artifact)
-            half = artifact.precision == "fp16"
-            session = (
-                rounding_session(artifact.main_file, threads)
-                if half
-                else open_session(artifact.main_file, threads, fuse_qdq=artifact.precision != "int8")
-            )
-            return SessionRunner(session, artifact.signature)
+            return SessionRunner(_open_graph(artifact), artifact.signature)
         return _open_plan(artifact.main_file.read_bytes(), artifact.signature)
 
 
-def _write_int8(portable: Artifact, request: Request, options: tables.TensorRtBuild) -> dict[str, Any]:
-    """The graph with its learned grids; else with ranges by calibration, around zero as TensorRT wants them."""
-    if "input_grids" in portable.settings:
-        return write_learned(portable, request, "tensorrt")
-    static = Options(options, ("MatMul", "Conv"), options.calibration, options.calibration_samples,
-                     Scheme(8, symmetric=True))  # fmt: skip
-    return quantize_static(portable.main_file, request, static, request.out / GRAPH)
+def _open_graph(artifact: Artifact) -> Any:
+    """What stands in for the engine: nothing between Q/DQ pairs is fused, so that products run on what grids hold."""
+    if artifact.precision == "fp16":
+        return rounding_session(artifact.main_file, threads_of(artifact))
+    return open_session(artifact.main_file, threads_of(artifact), fuse_qdq=artifact.precision in ("fp32", "bf16"),
+                        without=artifact.settings.get("without", ()))  # fmt: skip
 
 
 def _open_plan(plan: bytes, signature: Signature) -> Runner:

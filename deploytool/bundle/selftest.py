@@ -124,7 +124,8 @@ def tested_file(variant: Json) -> tuple[str, str]:
         return variant["entry"], "the engine is for another device; the graph that its compiler was given is tested"
     if variant["format"] == "tensorrt":
         # The graph lies beside the engine; a name with a folder in it could lead out of the bundle.
-        return os.path.basename(str(variant["settings"].get("graph", "model.onnx"))), (
+        settings = variant["settings"]
+        return os.path.basename(str(settings.get("parity_graph", settings.get("graph", "model.onnx")))), (
             "the graph that TensorRT was given was tested, on ONNX Runtime, NOT THE ENGINE: this self-test does not "
             "run TensorRT engines"
         )
@@ -231,7 +232,9 @@ def runtime(name: str) -> Any:
 def onnx_settings(variant: Json) -> Json:
     """How the graph is to be opened; what stands for a TensorRT engine computes in floats what lies between grids."""
     if variant["backend"] == "tensorrt":
-        return {"fuse_qdq": variant["precision"] != "int8"}
+        settings = variant["settings"]
+        return {"fuse_qdq": settings.get("fuse_qdq", variant["precision"] != "int8"),
+                "without": settings.get("without", ())}  # fmt: skip
     return dict(variant["settings"])
 
 

@@ -43,7 +43,7 @@ def run(model: Any, x: np.ndarray) -> np.ndarray:
 
 def quantized(model: Any, x: np.ndarray, scheme: Scheme = Scheme(7)) -> Any:  # noqa: B008 - frozen
     nodes = quantizable(model, ("MatMul", "Conv"))
-    ranges = Activations(model, sorted(ranges_needed(model, nodes)), [{"x": x}]).ranges("min-max")
+    ranges = Activations(model, sorted(ranges_needed(model, nodes, scheme)), [{"x": x}]).ranges("min-max")
     return write_qdq(model, nodes, ranges, scheme)
 
 

@@ -315,7 +315,10 @@ def test_the_graph_of_an_int8_tensorrt_engine_computes_as_written(template: Modu
     artifact = make(tmp_path / "a")
     for precision, fused in (("int8", False), ("fp16", True)):
         variant = variant_of(artifact, backend="tensorrt", precision=precision)
-        assert template.onnx_settings(variant) == {"fuse_qdq": fused}
+        assert template.onnx_settings(variant) == {"fuse_qdq": fused, "without": ()}
+    settings = {"fuse_qdq": False, "without": ["ReluQuantRewrite"]}
+    variant = variant_of(artifact, backend="tensorrt", precision="fp8", settings=settings)
+    assert template.onnx_settings(variant) == settings
 
 
 def test_a_graph_that_takes_single_rows_gets_single_rows(
