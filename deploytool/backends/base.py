@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 from deploytool import settings, shipped
 from deploytool.artifact import Artifact, Step, versions
 from deploytool.backends import tables
+from deploytool.backends.tensorrt_devices import check_devices
 from deploytool.errors import EnvironmentLacking, InternalError, UsageProblem, nearest
 from deploytool.runner import Runner
 from deploytool.settings import Table
@@ -104,6 +105,7 @@ class Backend:
     table      what the profile's `[build]` may hold
     driver     import-free check that built engines can run here: "" for CPUs, "nvidia" for a GPU's driver
     compiler   whether building needs a C++ compiler: the one that CXX names, else g++
+    devices    raises UsageProblem where the profile's device cannot have its precision
     """
 
     name: str
@@ -114,6 +116,7 @@ class Backend:
     table: type[Table]
     driver: Literal["", "nvidia"] = ""
     compiler: bool = False
+    devices: Callable[[Target], None] = lambda target: None
 
     @property
     def fix(self) -> str:
@@ -141,6 +144,7 @@ class Backend:
             dict(target.build), self.table, text=path.read_text(encoding="utf-8") if path else "",
             where=str(path) if path else f"target {target.name!r}", prefix=("build",),
         )  # fmt: skip
+        self.devices(target)
 
     def build(self, request: Request) -> Built:
         """Write the engine into `request.out`; raises EnvironmentLacking when a package is missing."""
@@ -176,7 +180,8 @@ BACKENDS = {
         Backend("openvino", "onnx", ("openvino", "nncf", "onnx"), ("openvino", "nncf"), "openvino",
                 tables.OpenVinoBuild),
         Backend("tensorrt", "onnx", ("tensorrt", "tensorrt-rtx-cu13", "onnxruntime", "onnx"),
-                ("tensorrt|tensorrt_rtx", "onnxruntime", "onnx"), "tensorrt", tables.TensorRtBuild, driver="nvidia"),
+                ("tensorrt|tensorrt_rtx", "onnxruntime", "onnx"), "tensorrt", tables.TensorRtBuild, driver="nvidia",
+                devices=check_devices),
     )
 }  # fmt: skip
 
@@ -210,6 +215,8 @@ def load_checked_target(name: str) -> Target:
                                                                 prefix=("build",)))  # fmt: skip
     if problems or target is None:
         raise settings.complain(str(path), problems)
+    if backend is not None:
+        backend.devices(target)
     return target
 
 

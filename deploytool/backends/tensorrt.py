@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,26 @@ def compile_engine(graph: Path, signature: Signature, ranges: dict[str, tables.S
         config.add_optimization_profile(_profile(builder, signature, ranges))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BackendFailed("DT504", "TensorRT must build the engine (it gave none)", detail=log.lines[-5:],
-                            fix="change [build.profile], or the compute capabilities of the profile")  # fmt: skip
+        raise _not_built(log.lines)
     return bytes(plan)
+
+
+_TOO_OLD = re.compile(
+    r"Cannot compile (?:for target\(s\) (?P<devices>[\w, ]+), because the model contains HW-specific datatypes: "
+    r"(?P<types>[\w, ]+)|operation '(?P<node>[^']*)' for (?P<device>[^:]+): (?P<why>[^.]*))"
+)
+
+
+def _not_built(lines: Sequence[str]) -> BackendFailed:
+    """The error for an engine that the compiler did not give, in its own words; names device and node where it does."""
+    found = next((match for line in lines if (match := _TOO_OLD.search(line))), None)
+    message, fix = "(it gave none)", "change [build.profile], or the compute capabilities of the profile"
+    if found is not None:
+        devices = (found["devices"] or found["device"]).upper()
+        message = (f"for {devices} (they have no {found['types']})" if found["types"]
+                   else f"for {devices} (node {found['node']!r}: {found['why']})")  # fmt: skip
+        fix = "take these compute capabilities out of the profile, or let the node compute in fp16"
+    return BackendFailed("DT504", f"TensorRT must build the engine {message}", detail=lines[-5:], fix=fix)
 
 
 def _refused(parser: Any) -> InputRefused:

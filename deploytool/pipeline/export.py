@@ -331,8 +331,8 @@ def _stages(
     wrong += judge_quality(quality, generation, target.parity)
     clock.lap("verify")
     findings = [] if artifact.executes else [
-        "not executed: the engine was built for hardware that is not here; parity was taken on the very graph that "
-        "the compiler was given"]  # fmt: skip
+        "not executed: the engine was built for hardware that is not here; parity was taken on "
+        + str(artifact.settings.get("parity_run", "the very graph that the compiler was given"))]  # fmt: skip
     if find_backend(target.backend).accepts == "onnx":
         findings += reference.prepared.notes
     if "input_grids" in artifact.settings:

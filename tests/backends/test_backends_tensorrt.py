@@ -16,8 +16,10 @@ onnx = pytest.importorskip("onnx")
 
 from deploytool.backends.base import build_artifact, load_checked_target, nvidia_driver  # noqa: E402
 from deploytool.backends.build import build_job  # noqa: E402
+from deploytool.backends.tensorrt_devices import check_devices  # noqa: E402
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem  # noqa: E402
 from deploytool.source import ModelRef  # noqa: E402
+from deploytool.target import Target  # noqa: E402
 
 pytestmark = pytest.mark.skipif(nvidia_driver(), reason="with a GPU the engine itself is the entry")
 
@@ -149,11 +151,64 @@ def test_an_unknown_operator_is_named(workshop: Workshop) -> None:
     assert "operator DFT, node mixing" in str(caught.value)
 
 
+def _for(target: Target, *capabilities: str, precision: str = "fp16") -> Target:
+    """The target for these GPUs and in this precision."""
+    device = target.device.model_copy(update={"compute_capabilities": capabilities})
+    return target.model_copy(update={"device": device, "precision": precision})
+
+
 def test_a_failed_build_shows_the_compilers_words(workshop: Workshop) -> None:
-    """Where the compiler gives no engine, its own log must be in the error: fp32 products do not exist on SM75."""
-    target = load_checked_target("trt").model_copy(update={"precision": "fp32"})
-    device = target.device.model_copy(update={"compute_capabilities": ("SM75",)})
+    """Where the compiler gives no engine, GPU and node must be named beside its own log: SM75 has no fp32 products."""
+    target = _for(load_checked_target("trt"), "SM75")
     with pytest.raises(BackendFailed) as caught:
-        build_artifact(workshop.request("mlp", target.model_copy(update={"device": device})), {})
+        build_artifact(workshop.request("mlp", target, fp32_ops=["Gemm", "MatMul"]), {})
     assert caught.value.code == "DT504"
-    assert "SM75" in str(caught.value)
+    assert "TURING (SM75) (node '/module/" in caught.value.message and "FP32 GEMM" in caught.value.message
+    assert any("Cannot compile operation" in line for line in caught.value.detail)
+
+
+@pytest.mark.parametrize(
+    ("precision", "build", "capabilities", "said"),
+    [
+        ("fp32", {}, ("SM75", "SM80"), "SM80 or newer for precision = 'fp32' (got SM75)"),
+        ("bf16", {}, ("SM75",), "SM80 or newer for precision = 'bf16'"),
+        ("int8", {}, ("SM75",), "SM80 or newer for precision = 'int8' with rest = 'fp32'"),
+        ("int8", {"rest": "bf16"}, ("SM75",), "with rest = 'bf16'"),
+        ("int4", {"rest": "fp16"}, ("SM75",), "SM80 or newer for precision = 'int4'"),
+        ("fp8", {"rest": "fp16"}, ("SM80", "SM86", "SM89"), "SM89 or newer for precision = 'fp8' (got SM80, SM86)"),
+    ],
+)
+def test_a_precision_that_a_gpu_lacks_is_refused_early(
+    precision: str, build: dict[str, str], capabilities: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    """A profile for GPUs without products of its precision must be refused when it is read, before any build."""
+    table = "\n".join(f'{key} = "{value}"' for key, value in build.items())
+    (tmp_path / "mine.toml").write_text(
+        f'name = "mine"\ndescription = "x"\nbackend = "tensorrt"\nprecision = "{precision}"\n[device]\n'
+        f"compute_capabilities = {list(capabilities)}\n[parity]\ncosine_min = 0.9\n[build]\n{table}\n"
+    )
+    with pytest.raises(UsageProblem) as caught:
+        load_checked_target(str(tmp_path / "mine.toml"))
+    assert caught.value.code == "DT202" and said in caught.value.message
+    assert caught.value.fix is not None and capabilities[0] in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("precision", "rest", "capability"),
+    [(p, r, c) for c in ("SM75", "SM80", "SM86", "SM89", "SM120")
+     for p, r in (("fp32", ""), ("fp16", ""), ("bf16", ""), ("int8", "fp32"), ("int8", "fp16"), ("int8", "bf16"),
+                  ("fp8", "fp16"), ("int4", "fp16"))],
+)  # fmt: skip
+def test_what_is_not_refused_is_built(workshop: Workshop, precision: str, rest: str, capability: str) -> None:
+    """What each GPU takes must be the compiler's own: what is let through builds, what is refused does not."""
+    target = _for(load_checked_target("trt"), capability, precision=precision)
+    build = {"rest": rest, "keep_fp32": 0, "calibration": "min-max"} if rest else {}
+    request = workshop.request("mlp", target, **build)
+    try:
+        check_devices(request.target)
+    except UsageProblem:
+        engine = importlib.import_module("deploytool.backends.tensorrt").BACKEND
+        with pytest.raises(BackendFailed, match="Cannot compile"):
+            engine.build(request)
+    else:
+        assert (build_artifact(request, {}).folder / "model.engine").stat().st_size > 5_000
