@@ -92,7 +92,7 @@ def lower(
     source = source_of(request)
     arguments = example(request)
     # torch's choice between its own convolutions depends on sizes, which would become bounds.
-    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+    with quiet(), torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
         program = export_module(source.flat, request.signature, arguments, largest)
         done: dict[str, Any] = {}
         if request.target.precision == "int8":
@@ -101,7 +101,7 @@ def lower(
             program, done = quantize(program, request, options, largest)
         _check_bounds(program, request.signature, largest)
         try:
-            with torch.no_grad(), no_fast_path(), quiet():
+            with torch.no_grad(), no_fast_path():
                 return _lowered(program.run_decompositions({_ATTENTION: attention})), done
         except DeployError:
             raise
