@@ -25,6 +25,8 @@ def grams(model: ModelProto, nodes: Sequence[NodeProto], feeds: Sequence[Feeds])
 
     Nodes that read one tensor share one array.
     """
+    if not nodes:
+        return {}
     probe = ModelProto()
     probe.CopyFrom(model)
     there = {value.name for value in probe.graph.output}

@@ -19,7 +19,10 @@ from deploytool.backends.onnx_ranges import METHODS, Range
 from deploytool.backends.saturation import pair_sums
 
 _ACTIVATIONS = ("Relu", "Clip")  # merged into a convolution that is rounded after them
+_LEAST_SCALE = 2.0**-24  # of fp16, and far below any other scale
 _LARGEST_BIAS = 2.0**30  # in steps: a bias is an int32 in the grid of the product
+
+Codes = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Scheme:
 
     weight_bits   7: where 8 could saturate in kernels that add two products in 16 bits (saturation.py), else 8
     symmetric     activations as int8 with zero point 0, else as uint8 with a zero point
+    scales        element type that the scales will have: codes are found with what is left of a scale in it
 
     name             of the type
     opset            the first operator set that has it, which the graph must be of
@@ -38,6 +42,7 @@ class Scheme:
 
     weight_bits: int
     symmetric: bool = False
+    scales: int = TensorProto.FLOAT
     name: ClassVar[str] = "int8"
     opset: ClassVar[int] = 13
     rounds_inputs: ClassVar[bool] = True
@@ -48,7 +53,7 @@ class Scheme:
         """Scale and zero point of an activation with this range."""
         low, high = min(low, 0.0), max(high, 0.0)
         if self.symmetric:
-            return np.float32(max(-low, high) / 127 or 1.0), np.int8(0)
+            return np.float32(self.held(np.float32(max(-low, high) / 127 or 1.0))), np.int8(0)
         step = (high - low) / 255 or 1.0
         return np.float32(step), np.uint8(np.clip(np.round(-low / step), 0, 255))
 
@@ -59,14 +64,28 @@ class Scheme:
         grid: np.ndarray = (np.clip(np.round(x / step) + float(zero), ends.min, ends.max) - float(zero)) * step
         return grid.astype(np.float32, copy=False)
 
-    def codes(
-        self, weight: np.ndarray, axis: int, least: np.ndarray | None = None, node: str = ""
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def held(self, scale: np.ndarray | np.float32) -> np.ndarray:
+        """Scales, float32, as they are when they are stored."""
+        if self.scales == TensorProto.FLOAT:
+            return np.asarray(scale)
+        kept = np.asarray(scale).astype(helper.tensor_dtype_to_np_dtype(self.scales)).astype(np.float32)
+        return np.where(kept > 0, kept, np.float32(_LEAST_SCALE))
+
+    def codes(self, weight: np.ndarray, axis: int, least: np.ndarray | None = None, node: str = "") -> Codes:
         """Codes of the weight of `node` and the scale of each channel along `axis`, no scale below `least`."""
-        codes, scale = _rounded(weight, axis, least, 8)
+        codes, scale = self._rounded(weight, axis, least, 8)
         if self.weight_bits == 8 or not pair_sums(codes, axis).can_saturate:
             return codes, scale
-        return _rounded(weight, axis, least, self.weight_bits)
+        return self._rounded(weight, axis, least, self.weight_bits)
+
+    def _rounded(self, weight: np.ndarray, axis: int, least: np.ndarray | None, bits: int) -> Codes:
+        """Symmetric codes of this width and the scale of each channel, see `codes`."""
+        limit = 2 ** (bits - 1) - 1
+        others = tuple(index for index in range(weight.ndim) if index != axis)
+        scale = np.maximum(np.abs(weight).max(axis=others) / limit, 0.0 if least is None else least)
+        scale = self.held(np.where(scale == 0, 1.0, scale).astype(np.float32))
+        shape = [-1 if index == axis else 1 for index in range(weight.ndim)]
+        return np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8), scale
 
 
 def values(codes: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
@@ -75,16 +94,6 @@ def values(codes: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray(codes.astype(np.float32) * np.repeat(scale, len(codes) // len(scale), axis=0))
     spread = scale.reshape([-1 if index == axis else 1 for index in range(codes.ndim)])
     return np.asarray(codes.astype(np.float32) * spread)
-
-
-def _rounded(weight: np.ndarray, axis: int, least: np.ndarray | None, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric codes of this width and the scale of each channel, see Scheme.codes."""
-    limit = 2 ** (bits - 1) - 1
-    others = tuple(index for index in range(weight.ndim) if index != axis)
-    scale = np.maximum(np.abs(weight).max(axis=others) / limit, 0.0 if least is None else least)
-    scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
-    shape = [-1 if index == axis else 1 for index in range(weight.ndim)]
-    return np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8), scale
 
 
 def channel_axis(node: NodeProto, weight: np.ndarray) -> int:

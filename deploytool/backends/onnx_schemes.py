@@ -14,15 +14,13 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from deploytool.backends.onnx_gptq import gptq
-from deploytool.backends.onnx_qdq import Scheme
+from deploytool.backends.onnx_qdq import Codes, Scheme
 
 _FP8: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _INT4: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
 _LARGEST = 448.0  # of fp8 with 4 bits of exponent and 3 of mantissa
 _MOST_CODE = 7  # int4 is taken as symmetric: -8 has no partner
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's range: outliers cut off buy finer steps for the rest
-
-Codes = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,8 @@ class Fp8(Scheme):
 
     def step(self, low: float, high: float) -> tuple[np.float32, Any]:
         """Scale and zero point of an activation with this range."""
-        return np.float32(max(-low, high, 0.0) / _LARGEST or 1.0), np.zeros((), _FP8)[()]
+        scale = np.float32(max(-low, high, 0.0) / _LARGEST or 1.0)
+        return np.float32(self.held(scale)), np.zeros((), _FP8)[()]
 
     def rounded(self, x: np.ndarray, low: float, high: float) -> np.ndarray:
         """Activations on their grid, cut off at the ends of the range."""
@@ -49,7 +48,7 @@ class Fp8(Scheme):
         """Codes of a weight and the scale of each channel along `axis`."""
         others = tuple(index for index in range(weight.ndim) if index != axis)
         scale = (np.abs(weight).max(axis=others) / _LARGEST).astype(np.float32)
-        scale = np.where(scale == 0, np.float32(1), scale)
+        scale = self.held(np.where(scale == 0, np.float32(1), scale))
         return _to_fp8(weight / scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])), scale
 
 
@@ -83,12 +82,10 @@ class Int4(Scheme):
     def codes(self, weight: np.ndarray, axis: int, least: np.ndarray | None = None, node: str = "") -> Codes:
         """Codes [inputs, outputs] and scales [blocks, outputs]."""
         if node not in self._done:
-            self._done[node] = self._rounded(weight, self.grams[node], self.block(len(weight)))
+            gram, block = self.grams[node], self.block(len(weight))
+            codes, scale = gptq(weight, gram, block, lambda part, n: self.held(block_scale(part, n)), _MOST_CODE)
+            self._done[node] = codes.astype(_INT4), scale
         return self._done[node]
-
-    def _rounded(self, weight: np.ndarray, gram: np.ndarray, block: int) -> Codes:
-        codes, scale = gptq(weight, gram, block, block_scale, _MOST_CODE)
-        return codes.astype(_INT4), scale
 
 
 def block_scale(block: np.ndarray, counts: np.ndarray) -> np.ndarray:

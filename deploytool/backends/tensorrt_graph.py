@@ -32,6 +32,8 @@ from deploytool.errors import UsageProblem
 
 GRAPH = "model.onnx"
 PARITY = "parity.onnx"
+_KINDS: dict[str, int]
+_KINDS = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 _FEEDS = 8  # calibration feeds on which fp16 is checked for overflow
 _INLINE = 1024  # bytes: smaller constants stay in the graph, since shapes are read from them
 
@@ -61,13 +63,14 @@ def write_graph(portable: Artifact, request: Request, options: tables.TensorRtBu
 
 
 def _scheme(source: Path, request: Request, options: tables.TensorRtBuild) -> Scheme:
+    scales = _KINDS[options.rest]
     if request.target.precision == "int8":
-        return Scheme(8, symmetric=True)
+        return Scheme(8, symmetric=True, scales=scales)
     if request.target.precision == "fp8":
-        return Fp8()
+        return Fp8(scales=scales)
     model = with_products(raise_opset(onnx.load(source), Int4.opset))
     feeds = sensitivity.spread(request.calibration(), options.calibration_samples)
-    return Int4(grams=grams(model, quantizable(model, ("MatMul",)), feeds), group=options.group)
+    return Int4(grams=grams(model, quantizable(model, ("MatMul",)), feeds), group=options.group, scales=scales)
 
 
 def _write_rest(
