@@ -172,6 +172,8 @@ BACKENDS = {
         Backend("eager", "source", ("torch",), ("torch",), "torch", tables.NoSettings),
         Backend("torchscript", "source", ("torch",), ("torch",), "torch", tables.TorchScriptBuild),
         Backend("inductor", "source", ("torch",), ("torch",), "torch", tables.InductorBuild, compiler=True),
+        Backend("inductor_int8", "source", ("torch", "torchao"), ("torch", "torchao"), "inductor",
+                tables.InductorInt8Build, compiler=True),
         Backend("fbgemm", "source", ("torch",), ("torch",), "torch", tables.FbgemmBuild),
         Backend("executorch", "source", ("executorch", "torchao", "torch"), ("executorch", "torchao"), "executorch",
                 tables.ExecuTorchBuild),

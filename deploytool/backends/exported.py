@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from deploytool.errors import InputRefused
 from deploytool.load.flat import no_fast_path
+from deploytool.load.input_grid import InputGrid
 from deploytool.signature import Signature
 
 
@@ -29,13 +32,48 @@ def export_module(
     takes = inspect.signature(module.forward).parameters.values()
     together = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes)  # `*tensors` is one argument
     try:
-        with torch.no_grad(), no_fast_path(), quiet():
+        with torch.no_grad(), no_fast_path(), quiet(), _grids_in_pairs(module):
             return torch.export.export(module, arguments, dynamic_shapes=(free,) if together else free, strict=False)
     except Exception as error:  # what export raises has no common base, and the module's own code runs in it
         raise InputRefused("DT310", "torch.export must take the model with its free dimensions "
                                     f"(got {type(error).__name__}: {error})"[:2000],
+                           detail=_fixed(str(error), signature),
                            fix="choose torchscript, or a target that lowers to ONNX; recurrent layers over a free "
                                "number of steps cannot be exported") from error  # fmt: skip
+
+
+def _fixed(said: str, signature: Signature) -> list[str]:
+    """Which free dimensions torch fixes, in the signature's words; none where it says something else."""
+    found = re.findall(r"(\d+)\](?:\.size\(\))?\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)",
+                       said)  # fmt: skip
+    places = ((signature.inputs[int(index)], int(axis), size) for index, axis, size in found)
+    return [f"axis {axis} ({spec.shape[axis]!r}) of input {spec.name!r} is fixed at {size} by the model's code or by "
+            "torch's own layers" for spec, axis, size in places]  # fmt: skip
+
+
+@contextmanager
+def _grids_in_pairs(module: nn.Module) -> Iterator[None]:
+    """Learned input grids are exported as pairs of Q and DQ: torch does not know the shapes of its own simulation."""
+    grids = [inner for inner in module.modules() if isinstance(inner, InputGrid)]
+    for grid in grids:
+        importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers the operators
+        grid.forward = _pair(grid)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for grid in grids:
+            del grid.forward
+
+
+def _pair(grid: InputGrid) -> Callable[[Tensor], Tensor]:
+    numbers = (float(grid.scale), int(grid.zero_point), 0, 2**grid.bits - 1, torch.uint8)
+    operators = torch.ops.quantized_decomposed
+
+    def forward(x: Tensor) -> Tensor:
+        result: Tensor = operators.dequantize_per_tensor(operators.quantize_per_tensor(x, *numbers), *numbers)
+        return result
+
+    return forward
 
 
 @contextmanager

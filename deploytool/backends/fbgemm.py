@@ -29,9 +29,9 @@ from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import positional
 from deploytool.backends.fbgemm_learned import has_learned, quantize_learned
 from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_static
-from deploytool.backends.linear_ranking import LinearRanking
+from deploytool.backends.linear_ranking import LinearRanking, check_names, plain_linears
 from deploytool.backends.torchscript import ENTRY, example, open_script, save_traced
-from deploytool.errors import EnvironmentLacking, InputRefused, UsageProblem, nearest
+from deploytool.errors import EnvironmentLacking, InputRefused
 from deploytool.load.flat import FlatModule, no_fast_path
 from deploytool.runner import Runner
 from deploytool.source import Source
@@ -48,14 +48,14 @@ class Fbgemm:
         options = tables.FbgemmBuild(**request.target.build)
         _use_engine()
         source = source_of(request)
-        _check_names(source.flat, options)
+        check_names(source.flat, options.exclude)
         if options.scheme == "auto" and has_learned(source.module):
             return _build_learned(source, request, options)
         if options.scheme == "static" or (options.scheme == "auto" and is_mostly_convolution(source.module)):
             return _build_static(source.module, request, options)
         module = copy.deepcopy(source.flat).eval()
         with no_fast_path():
-            ranking = LinearRanking(module, _linears(module, options), request, options)
+            ranking = LinearRanking(module, plain_linears(module, options.exclude), request, options)
             kept = ranking.kept()
         chosen = _chosen(module, options, [name for name in ranking.called if name not in kept])
         done = _convert(module, chosen, options)
@@ -109,24 +109,6 @@ def _use_engine() -> None:
                                           f"(got {', '.join(torch.backends.quantized.supported_engines)})",
                                  fix="choose another int8 target: ort-int8, openvino-int8")  # fmt: skip
     torch.backends.quantized.engine = "fbgemm"
-
-
-def _check_names(module: nn.Module, options: tables.FbgemmBuild) -> None:
-    names = [name for name, _ in module.named_modules()]
-    unknown = [name for name in options.exclude if name not in names]
-    if unknown:
-        raise UsageProblem("DT202", f"build.exclude must name modules of the model (got {', '.join(unknown)})",
-                           detail=[nearest(name, names) for name in unknown[:5]])  # fmt: skip
-
-
-def _linears(module: nn.Module, options: tables.FbgemmBuild) -> dict[str, nn.Linear]:
-    """Linears that do what the class does: no subclass (nn.MultiheadAttention's output), no hooks, no own forward."""
-    return {
-        name: inner
-        for name, inner in module.named_modules()
-        if type(inner) is nn.Linear and name not in options.exclude and inner.weight.dtype == torch.float32
-        and not inner._forward_hooks and not inner._forward_pre_hooks and "forward" not in vars(inner)
-    }  # fmt: skip
 
 
 def _chosen(module: nn.Module, options: tables.FbgemmBuild, linears: list[str]) -> list[nn.Module]:

@@ -42,12 +42,17 @@ class PercentileObserver(quantization.MinMaxObserver):
 
     def forward(self, x_orig: Tensor) -> Tensor:
         """Record a batch of any shape; the values themselves are passed on unchanged."""
-        values = x_orig.detach().flatten()
-        outside = int(self.share * values.numel())
-        low = values.kthvalue(outside + 1).values
-        high = values.kthvalue(values.numel() - outside).values
-        super().forward(torch.stack([low, high]))  # type: ignore[no-untyped-call]
+        super().forward(between_percentiles(x_orig, self.share))  # type: ignore[no-untyped-call]
         return x_orig
+
+
+def between_percentiles(x: Tensor, share: float) -> Tensor:
+    """[lowest, highest] of the values of `x` without that share of them at either end."""
+    values = x.detach().flatten()
+    outside = int(share * values.numel())
+    low = values.kthvalue(outside + 1).values
+    high = values.kthvalue(values.numel() - outside).values
+    return torch.stack([low, high])
 
 
 _OBSERVERS: dict[str, Any] = {

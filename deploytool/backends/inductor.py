@@ -19,18 +19,22 @@ import torch
 from torch import Tensor
 from torch._inductor.exc import InductorError
 from torch.export import ExportedProgram
+from torch.fx import Graph
 
 from deploytool.artifact import Artifact
-from deploytool.backends import tables
+from deploytool.backends import saturation, tables
 from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import as_tuple, positional
 from deploytool.backends.engine import EngineRunner, threads_of
 from deploytool.backends.exported import export_module, quiet
+from deploytool.backends.inductor_kernels import Recorder
+from deploytool.backends.ran_inductor import KERNELS
 from deploytool.backends.torchscript import example
 from deploytool.errors import BackendFailed, EnvironmentLacking
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 from deploytool.source import Source
+from deploytool.storage import write_json
 
 ENTRY = "model.pt2"
 _AVX2 = {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
@@ -46,21 +50,33 @@ class Inductor:
         """Export with the signature's free dimensions, compile, package."""
         options = tables.InductorBuild(**request.target.build)
         program = exported(source_of(request), example(request))
-        path = request.out / ENTRY
-        compile_package(program, path, _AVX2 if options.cpu == "avx2" else {})
-        package = load_package(path)
-        metadata = dict(package.get_metadata())
-        return Built("pt2", ENTRY, "fp32", settings={"cpu": str(metadata.get("AOTI_CPU_ISA", ""))})
+        write_package(program, request, options.cpu)
+        return Built("pt2", ENTRY, "fp32", settings={"cpu": instructions(request.out / ENTRY)})
 
     def open(self, artifact: Artifact) -> Runner:
-        """Load `model.pt2`; raises EnvironmentLacking where this CPU lacks what it was compiled for."""
-        lacking = missing_instructions(str(artifact.settings.get("cpu", "")))
-        if lacking:
-            raise EnvironmentLacking("DT402", f"the CPU must have {', '.join(lacking)}, which {artifact.entry} was "
-                                     "compiled for (it does not)",
-                                     fix='build it with cpu = "avx2" in [build], or on this machine')  # fmt: skip
-        torch.set_num_threads(threads_of(artifact))
-        return PackageRunner(load_package(artifact.main_file), artifact.signature)
+        """Load `model.pt2`; see open_package."""
+        return open_package(artifact)
+
+
+def open_package(artifact: Artifact) -> Runner:
+    """Load `model.pt2`; raises EnvironmentLacking where this CPU lacks what it was compiled for."""
+    lacking = missing_instructions(str(artifact.settings.get("cpu", "")))
+    if lacking:
+        raise EnvironmentLacking("DT402", f"the CPU must have {', '.join(lacking)}, which {artifact.entry} was "
+                                 "compiled for (it does not)",
+                                 fix='build it with cpu = "avx2" in [build], or on this machine')  # fmt: skip
+    _check_saturation(artifact)
+    torch.set_num_threads(threads_of(artifact))
+    return PackageRunner(load_package(artifact.main_file), artifact.signature)
+
+
+def _check_saturation(artifact: Artifact) -> None:
+    """Raise EnvironmentLacking where sums of the package's 8-bit weights would be cut off: by CPUs without VNNI."""
+    found = artifact.settings.get("needs_vnni", {"weights": 0})
+    if found["weights"] and not saturation.has_vnni(cpu_flags()):
+        raise EnvironmentLacking("DT402", f"the CPU must have VNNI: {found['weights']} of {found['of']} int8 weights "
+                                 f"of {artifact.entry} saturate without (it has none)",
+                                 fix="build it with weight_bits = 7; train on grids of 7 bits")  # fmt: skip
 
 
 class PackageRunner(EngineRunner):
@@ -90,6 +106,24 @@ def exported(source: Source, arguments: tuple[Tensor, ...]) -> ExportedProgram:
     return export_module(source.flat, source.signature, arguments)
 
 
+def write_package(program: ExportedProgram, request: Request, cpu: str) -> dict[str, Any]:
+    """Compile a program to `model.pt2` and tell of its kernels, here and in a file beside it; see Recorder.told."""
+    recorder, path = Recorder(request.signature), request.out / ENTRY
+
+    def see(graph: Graph) -> None:  # Inductor copies its settings, and a recorder in them; a function stays itself
+        recorder.see(graph)
+
+    compile_package(program, path, {**(_AVX2 if cpu == "avx2" else {}), "post_grad_custom_pre_pass": see})
+    told = recorder.told(path)
+    write_json(request.out / KERNELS, told)
+    return told
+
+
+def instructions(package: Path) -> str:
+    """The instructions that a package was compiled for, as Inductor names them."""
+    return str(dict(load_package(package).get_metadata()).get("AOTI_CPU_ISA", ""))
+
+
 def compile_package(program: ExportedProgram, path: Path, settings: dict[str, Any]) -> None:
     """Compile for CPUs and write the package; nothing else is left on the disk. Raises BackendFailed."""
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder, _cache(folder), quiet(), torch.no_grad():
@@ -116,12 +150,17 @@ def load_package(path: Path) -> Any:
 
 def missing_instructions(wanted: str) -> list[str]:
     """Flags that this CPU lacks of what Inductor names, such as "AVX512 AVX512_VNNI"."""
+    has = cpu_flags()
+    return [_FLAGS[name] for name in wanted.split() if has and name in _FLAGS and _FLAGS[name] not in has]
+
+
+def cpu_flags() -> set[str]:
+    """What /proc/cpuinfo calls the abilities of this CPU; empty where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
-    has = {flag for line in lines if line.startswith("flags") for flag in line.split()}
-    return [_FLAGS[name] for name in wanted.split() if name in _FLAGS and _FLAGS[name] not in has]
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,36 @@ from torch import Tensor, nn
 from deploytool.backends import sensitivity, tables
 from deploytool.backends.base import Request
 from deploytool.backends.eager import as_tuple, positional
+from deploytool.errors import UsageProblem, nearest
 from deploytool.signature import Feeds
+
+
+def plain_linears(module: nn.Module, exclude: Collection[str]) -> dict[str, nn.Linear]:
+    """Linears that do what the class does: no subclass (nn.MultiheadAttention's output), no hooks, no own forward."""
+    return {
+        name: inner
+        for name, inner in module.named_modules()
+        if type(inner) is nn.Linear and name not in exclude and inner.weight.dtype == torch.float32
+        and not inner._forward_hooks and not inner._forward_pre_hooks and "forward" not in vars(inner)
+    }  # fmt: skip
+
+
+def check_names(module: nn.Module, exclude: Collection[str]) -> None:
+    """Raise UsageProblem where `exclude` names what is no module of this one."""
+    names = [name for name, _ in module.named_modules()]
+    unknown = [name for name in exclude if name not in names]
+    if unknown:
+        raise UsageProblem("DT202", f"build.exclude must name modules of the model (got {', '.join(unknown)})",
+                           detail=[nearest(name, names) for name in unknown[:5]])  # fmt: skip
 
 
 class LinearRanking:
     """Measures linears by hooks on a module in eval mode; the module is left as it was."""
 
     def __init__(
-        self, module: nn.Module, linears: Mapping[str, nn.Linear], request: Request, options: tables.FbgemmBuild
-    ):
+        self, module: nn.Module, linears: Mapping[str, nn.Linear], request: Request,
+        options: tables.FbgemmBuild | tables.InductorInt8Build,
+    ):  # fmt: skip
         self.module, self.request, self.options = module, request, options
         self.feeds = sensitivity.spread(request.calibration(), options.samples)
         self.weights = {name: linear.weight.detach().numpy().T for name, linear in linears.items()}

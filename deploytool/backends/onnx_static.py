@@ -132,7 +132,7 @@ class _Search:
     def _quantized(self, ranges: Mapping[str, Range], kept: Sequence[str]) -> tuple[ModelProto, float]:
         chosen = [node for node in self.nodes if node.name not in kept]
         graph = write_qdq(self.model, chosen, ranges, self.options.scheme)
-        return graph, max(map(_sample_loss, self.reference, self._run(graph)))
+        return graph, max(map(sensitivity.sample_loss, self.reference, self._run(graph)))
 
     def _run(self, model: ModelProto) -> list[list[np.ndarray]]:
         """The outputs on the feeds, in the engine itself: saturation and rounding are part of the answer.
@@ -147,13 +147,6 @@ def _left_out(graph: ModelProto, kept: Sequence[str]) -> list[str]:
     """Those of `kept` that are really fp32 in the graph that was taken."""
     rounded = {node.name for node in graph.graph.node if len(node.input) > 1 and node.input[1].endswith(":rounded")}
     return [name for name in kept if name not in rounded]
-
-
-def _sample_loss(reference: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> float:
-    """The largest loss of cosine of any sample of a feed: parity is judged by samples."""
-    pairs = [(x, y) for a, b in zip(reference, outputs, strict=True)
-             for x, y in (zip(a, b, strict=True) if a.ndim > 1 else ((a, b),))]  # fmt: skip
-    return max((sensitivity.output_loss([x], [y]) for x, y in pairs), default=0.0)
 
 
 class _Static:

@@ -22,13 +22,13 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 from deploytool.backends.eager import as_tuple, positional
 from deploytool.backends.exported import export_module, quiet
-from deploytool.encoding import Encoding
+from deploytool.encoding import MOST_BITS, Encoding
 from deploytool.errors import DeployError, InputRefused
 from deploytool.load.grid import check_encoding
 from deploytool.signature import Feeds, Signature
 
-_FAKE = torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams
 _ROUND = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_BACK = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _PREFIX = "module."  # of what FlatModule wraps
 
 
@@ -75,11 +75,11 @@ def quantize(
             module: GraphModule = program.module(check_guards=False)
             module.graph.eliminate_dead_code()  # a quantizer that looks for layers fails at those that nothing reads
             module.recompile()
-            prepared = prepare_pt2e(module, _with_learned(quantizer, encodings, learned))
+            prepared = prepare_pt2e(module, _with_learned(quantizer, _by_attribute(program, encodings), learned))
             for one in feeds:
                 prepared(*positional(signature, one))
             converted = convert_pt2e(prepared)
-        _drop_simulated(converted)
+        _drop_doubled(converted)
     except DeployError:
         raise
     except Exception as error:  # what torchao raises has no common base
@@ -101,7 +101,7 @@ def layer_of(node: Node) -> str:
 def layers_with_grids(program: ExportedProgram) -> list[str]:
     """Layers whose input the program rounds on a learned grid."""
     nodes = program.module(check_guards=False).graph.nodes
-    found = [layer_of(node) for node in nodes if node.args and getattr(node.args[0], "target", None) is _FAKE]
+    found = [layer_of(node) for node in nodes if node.args and _has_grid(node.args[0])]
     return [layer for layer in dict.fromkeys(found) if layer]
 
 
@@ -109,6 +109,14 @@ def run_module(module: Any, signature: Signature, feeds: Feeds) -> tuple[Tensor,
     """The outputs of a program's module."""
     with torch.inference_mode():
         return as_tuple(module(*positional(signature, feeds)))
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A weight as the model has it, and its grid."""
+
+    encoding: Encoding
+    weight: Tensor
 
 
 class _Fixed(FixedQParamsObserver):  # type: ignore[misc]
@@ -120,7 +128,7 @@ class _Fixed(FixedQParamsObserver):  # type: ignore[misc]
         self.scale, self.zero_point, self.ch_axis = scale.float(), zero_point.int(), 0 if axis is None else axis
 
 
-def _with_learned(quantizer: Quantizer, encodings: Mapping[str, Encoding], learned: Learned) -> Quantizer:
+def _with_learned(quantizer: Quantizer, encodings: Mapping[str, _Coded], learned: Learned) -> Quantizer:
     """A copy of a quantizer that puts learned grids in the place of observers, and leaves constants as they are."""
     changed: Any = copy.copy(quantizer)
     before = quantizer.prepare_obs_or_fq_callback
@@ -135,20 +143,29 @@ def _with_learned(quantizer: Quantizer, encodings: Mapping[str, Encoding], learn
     return changed
 
 
+def _by_attribute(program: ExportedProgram, encodings: Mapping[str, Encoding]) -> dict[str, _Coded]:
+    """Encoded weights by the names that the program has for them: torch picks one for a layer at two places."""
+    state = program.state_dict
+    owned = {state[f"{_PREFIX}{name}"].data_ptr(): encoding for name, encoding in encodings.items()
+             if f"{_PREFIX}{name}" in state}  # fmt: skip
+    return {name: _Coded(owned[tensor.data_ptr()], tensor.detach()) for name, tensor in state.items()
+            if tensor.data_ptr() in owned}  # fmt: skip
+
+
 def _fix_observers(
-    model: GraphModule, observers: dict[Any, Any], encodings: Mapping[str, Encoding], learned: Learned
+    model: GraphModule, observers: dict[Any, Any], coded: Mapping[str, _Coded], learned: Learned
 ) -> None:
     for node in model.graph.nodes:
         layer = layer_of(node)
         if not layer:
             continue
         given, weight = node.args[0], node.args[1]
-        encoding = encodings.get(str(weight.target).removeprefix(_PREFIX))
-        if encoding is not None:
-            why = _fix_weight(observers, (weight, node), check_encoding(layer, encoding))
+        own = coded.get(str(weight.target))
+        if own is not None:
+            why = _fix_weight(observers, (weight, node), own, _constant(model, weight))
             _record(learned.weights, learned.not_taken, layer, why)
-        if isinstance(given, Node) and given.target is _FAKE:
-            why = _fix_input(model, observers, (given, node))
+        if _has_grid(given):
+            why = _fix_input(observers, (given, node))
             _record(learned.inputs, learned.not_taken, layer, why)
 
 
@@ -159,54 +176,69 @@ def _record(done: list[str], not_taken: dict[str, str], layer: str, why: str) ->
         done.append(layer)
 
 
-def _fix_weight(observers: dict[Any, Any], edge: tuple[Node, Node], encoding: Encoding) -> str:
-    """Why the weight's own codes cannot be kept; "" where they are."""
-    observer = observers.get(edge)
+def _fix_weight(observers: dict[Any, Any], edge: tuple[Node, Node], own: _Coded, weight: Tensor) -> str:
+    """Why the weight's own codes cannot be kept; "" where they are. `weight` has the normalization after it inside."""
+    observer, encoding = observers.get(edge), check_encoding(str(edge[0].target), own.encoding)
     if observer is None:
         return "stays in floating point"
     if encoding.axis != 0 or encoding.scale.shape[1] > 1:
         return f"kernels have one scale per output channel (got groups of {encoding.group})"
     if not encoding.symmetric:
         return "its weight's grid is not symmetric"
-    half = encoding.levels // 2
-    scale = encoding.scale[:, 0]
-    observers[edge] = _Fixed(scale, torch.zeros(len(scale)), observer, -half, half - 1, axis=0)
+    half, factors = encoding.levels // 2, _factors(own.weight, weight)
+    lowest = (own.weight.flatten(1) <= -(half - 0.5) * encoding.scale).any(1)
+    if encoding.bits == MOST_BITS and (lowest & (factors < 0)).any():
+        return "a normalization turns the sign of its lowest code, which has no counterpart"
+    scale = encoding.scale[:, 0] * factors.abs()
+    observers[edge] = _Fixed(scale, torch.zeros(len(scale)), observer, -half, min(half, 127), axis=0)
     return ""
 
 
-def _fix_input(model: GraphModule, observers: dict[Any, Any], edge: tuple[Node, Node]) -> str:
+def _factors(before: Tensor, after: Tensor) -> Tensor:
+    """By what each output channel [outputs] was multiplied."""
+    rows, changed = before.flatten(1), after.flatten(1)[:, : before[0].numel()]
+    if torch.equal(rows, changed):
+        return torch.ones(len(rows))
+    squares = rows.square().sum(1)
+    return torch.where(squares > 0, (rows * changed).sum(1) / squares, 1.0)
+
+
+def _fix_input(observers: dict[Any, Any], edge: tuple[Node, Node]) -> str:
     """Why the input's own grid cannot be kept; "" where it is. Signed codes have the zero point moved with them."""
     observer, (given, _) = observers.get(edge), edge
     if observer is None:
         return "stays in floating point, its grid simulated"
-    scale, zero, low, high = _grid(model, given)
+    scale, zero, low, high = _grid(given)
     shift = -128 if observer.dtype is torch.int8 else 0
-    if high - low > 255 or low < 0:
-        return f"its grid has codes of {low} to {high}, not of 8 bits"
-    observers[edge] = _Fixed(scale.reshape(1), zero.reshape(1) + shift, observer, low + shift, high + shift, None)
+    numbers = torch.tensor([scale]), torch.tensor([zero + shift])
+    observers[edge] = _Fixed(*numbers, observer, low + shift, high + shift, None)
     return ""
 
 
-def _grid(model: GraphModule, fake: Node) -> tuple[Tensor, Tensor, int, int]:
-    scale, zero = (_constant(model, node) for node in fake.args[1:3])
-    return scale, zero, int(fake.args[3]), int(fake.args[4])  # type: ignore[arg-type]
-
-
-def _constant(model: GraphModule, node: Any) -> Tensor:
-    value: Any = model
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    tensor: Tensor = value.detach()
+def _constant(model: GraphModule, node: Node) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), name).detach()
     return tensor
 
 
-def _drop_simulated(model: GraphModule) -> None:
-    """Take out simulated rounding that is followed by the same rounding."""
+def _has_grid(node: Any) -> bool:
+    """Whether a node gives what was just rounded, as the program has it where a model has learned the grid."""
+    return isinstance(node, Node) and node.target is _BACK
+
+
+def _grid(back: Node) -> tuple[float, int, int, int]:
+    """Scale, zero point, first and last code."""
+    scale, zero, low, high = back.args[1:5]
+    return float(scale), int(zero), int(low), int(high)  # type: ignore[arg-type]
+
+
+def _drop_doubled(model: GraphModule) -> None:
+    """Take out rounding to a learned grid where the same rounding follows."""
     for node in list(model.graph.nodes):
-        if node.target is _ROUND and isinstance(node.args[0], Node) and node.args[0].target is _FAKE:
-            scale, zero, low, _ = _grid(model, node.args[0])
-            same = (float(scale), int(zero) - low) == (node.args[1], int(node.args[2]) - int(node.args[3]))
-            if same:
-                node.replace_input_with(node.args[0], node.args[0].args[0])
+        if node.target is _ROUND and _has_grid(node.args[0]):
+            scale, zero, low, high = _grid(node.args[0])
+            shift = node.args[3] - low
+            if (scale, zero + shift, high + shift) == (node.args[1], node.args[2], node.args[4]):
+                node.replace_input_with(node.args[0], node.args[0].args[0].args[0])
     model.graph.eliminate_dead_code()
     model.recompile()

@@ -2,9 +2,9 @@
 
 The engine itself is asked, since a profile's precision is only what was wished for: ONNX Runtime by its profiler,
 OpenVINO by its runtime model, TorchScript by torch's profiler. TensorRT's networks are strongly typed: the graph that
-its compiler was given says in which precision each product runs. Computing is counted as the multiplications and
-additions of matrix products, convolutions, attention and recurrent layers, from the shapes of the timed case, with the
-channels that an engine pads to its vectors.
+its compiler was given says in which precision each product runs, and AOTInductor's graph is written down while it
+compiles. Computing is counted as the multiplications and additions of matrix products, convolutions, attention and
+recurrent layers, from the shapes of the timed case, with the channels that an engine pads to its vectors.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _READERS = {
     "torchscript": "deploytool.backends.ran_torchscript",
     "executorch": "deploytool.backends.ran_executorch",
     "tensorrt": "deploytool.backends.ran_tensorrt",
+    "pt2": "deploytool.backends.ran_inductor",
 }
-_UNTOLD = {"pt2": "the kernels of a compiled package run past torch's dispatcher, where its profiler sees none of them"}
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,6 @@ class Asked:
         self._artifact = artifact
         self._reader: Any = None
         self._found: dict[str, Any] | None = None
-        if artifact.format in _UNTOLD:
-            self._found = {"unknown": _UNTOLD[artifact.format]}
         if artifact.format in _READERS:
             with self._telling():
                 self._reader = importlib.import_module(_READERS[artifact.format])

@@ -50,6 +50,13 @@ def output_loss(reference: Iterable[np.ndarray], outputs: Iterable[np.ndarray]) 
     return worst
 
 
+def sample_loss(reference: Iterable[np.ndarray], outputs: Iterable[np.ndarray]) -> float:
+    """The largest loss of cosine of any sample of a feed, samples counted along the first axis; see output_loss."""
+    pairs = [(x, y) for a, b in zip(reference, outputs, strict=True)
+             for x, y in (zip(a, b, strict=True) if a.ndim > 1 else ((a, b),))]  # fmt: skip
+    return max((output_loss([x], [y]) for x, y in pairs), default=0.0)
+
+
 def spread(feeds: Iterable[Feeds], count: int) -> list[Feeds]:
     """At most `count` of the feeds, evenly over all: the first alone may all be of one kind."""
     every = list(feeds)

@@ -77,6 +77,25 @@ class FbgemmBuild(KeepFp32):
     embeddings: bool = False
 
 
+class InductorInt8Build(KeepFp32, InductorBuild):
+    """`weight_bits` 7 cannot saturate on CPUs without VNNI; 8 is more exact where the CPU has it.
+
+    scheme                "dynamic": linears, with ranges of activations taken on every call; "static": convolutions and
+                          linears, in ranges that calibration fixes; "auto": those that the model has learned, else
+                          convolutions static, and linears too where convolutions prevail, else dynamic
+    calibration           of static layers: how ranges follow from the feeds. "percentile" leaves out 0.01 % at either
+                          end; "auto" takes the one that loses least on the feeds
+    calibration_samples   how many calibration feeds are read
+
+    `keep_fp32` and `samples` are for dynamic layers.
+    """
+
+    scheme: Literal["auto", "dynamic", "static"] = "auto"
+    calibration: Literal["auto", "histogram", "min-max", "percentile"] = "auto"
+    calibration_samples: int = Field(default=32, ge=1, le=10_000)
+    weight_bits: Literal[7, 8] = 7
+
+
 _DYNAMIC_OPS = ("MatMul", "LSTM", "Attention")
 _INT8_OPS = {"static": ("MatMul", "Conv"), "weights": ()}
 # What ONNX Runtime calls the inputs that a product of low-bit weights computes with.

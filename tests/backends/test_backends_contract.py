@@ -20,7 +20,7 @@ TARGETS = pytest.mark.parametrize("target", profiles(), ids=lambda t: t.name)
 REFUSED = {("lstm", "executorch"), ("lstm", "executorch-int8")}  # test_backends_executorch.py
 NOTHING_TO_QUANTIZE = {("conv", "ort-int8"), ("conv", "ort-int4"), ("conv", "ort-weight-int8")}
 # Compiling takes a quarter of a minute, and recurrent layers are refused (test_backends_inductor.py).
-LEFT_OUT = {("conv", "inductor"), ("lstm", "inductor")}
+LEFT_OUT = {(source, target) for source in ("conv", "lstm") for target in ("inductor", "inductor-int8")}
 CASES = [
     (source, target.name)
     for source in ("mlp", "conv", "lstm", "attention")
@@ -104,10 +104,11 @@ def test_nothing_to_quantize_is_refused(workshop: Workshop, source: str, name: s
     assert "openvino-int8" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["fbgemm", "ort-int8", "openvino-int8"])
+@pytest.mark.parametrize("name", ["fbgemm", "inductor-int8", "ort-int8", "openvino-int8"])
 def test_excluded_layers_must_exist(workshop: Workshop, name: str) -> None:
     """A misspelt layer in `exclude` must be an error that names the nearest one."""
-    layer = {"fbgemm": "module.0", "ort-int8": "/module/module/0/Gemm_MatMul"}.get(name, "/module/module/0/Gemm")
+    torch_name, node = "module.0", "/module/module/0/Gemm"
+    layer = {"ort-int8": f"{node}_MatMul", "openvino-int8": node}.get(name, torch_name)
     request = workshop.request("mlp", load_checked_target(name), exclude=[layer.replace("0", "0x")])
     with pytest.raises(UsageProblem) as caught:
         build_artifact(request, {})

@@ -15,6 +15,7 @@ from deploytool.backends import inductor
 from deploytool.backends.base import build_artifact, find_backend, load_checked_target, open_artifact
 from deploytool.backends.ran import Asked
 from deploytool.errors import BackendFailed, DeployError, EnvironmentLacking, InputRefused
+from deploytool.storage import read_json
 
 
 def test_without_a_compiler_the_target_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,8 +70,23 @@ def test_a_truncated_package_is_a_backend_failure(workshop: Workshop, tmp_path: 
     assert "model.pt2" in str(caught.value)
 
 
-def test_what_ran_is_said_to_be_unknown(workshop: Workshop) -> None:
-    """The report must say that the package does not tell what it runs, and why."""
+def test_what_ran_is_what_was_compiled(workshop: Workshop, tmp_path: Path) -> None:
+    """The report must count the flops of the layers for the sizes that ran; a package without its list is unknown."""
+    artifact, feeds = workshop.artifact("mlp", "inductor"), workshop.feeds("mlp")[1]
+    with Asked(artifact) as engine:
+        engine.run(feeds)
+        ran = engine.ran(feeds) or {}
+    assert ran["flops"] == 2 * 3 * (24 * 48 + 48 * 48 + 48 * 6)
+    assert ran["compute_by_precision"] == {"fp32": 1.0}
+    (tmp_path / "model.pt2").write_bytes(artifact.main_file.read_bytes())
+    with Asked(replace(artifact, folder=tmp_path)) as engine:
+        engine.run(feeds)
+        assert "kernels.json" in (engine.ran(feeds) or {})["unknown"]
+
+
+def test_a_package_is_frozen(workshop: Workshop) -> None:
+    """Weights must be laid out for the kernels when the package is made: its linears are oneDNN's."""
     with Asked(workshop.artifact("mlp", "inductor")) as engine:
         engine.run(workshop.feeds("mlp")[0])
-    assert "profiler" in (engine.ran(workshop.feeds("mlp")[0]) or {})["unknown"]
+    calls = read_json(workshop.artifact("mlp", "inductor").folder / "kernels.json")["calls"]
+    assert calls == {"linear_pointwise": 3}

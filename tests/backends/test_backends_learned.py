@@ -86,9 +86,12 @@ def _worst(artifact: Artifact, source: Source) -> tuple[float, float, Mapping[st
     return float(np.median(errors)), max(errors), engine.ran(_arrays(source)[0])
 
 
-@pytest.mark.parametrize("target", INT8)
-@pytest.mark.parametrize(("model", "bits", "symmetric"), [
-    ("mlp", 8, False), ("conv", 8, False), ("attention", 8, False), ("mlp", 4, True), ("conv", 7, True),
+MADE = [("mlp", 8, False), ("conv", 8, False), ("attention", 8, False), ("mlp", 4, True), ("conv", 7, True)]
+
+
+@pytest.mark.parametrize(("target", "model", "bits", "symmetric"), [
+    *((target, *made) for target in INT8 for made in MADE),
+    ("inductor-int8", "conv", 8, False),  # it compiles for a quarter of a minute
 ])  # fmt: skip
 def test_the_engine_computes_what_was_trained(
     lowered: Lowered, tmp_path: Path, target: str, model: str, bits: int, symmetric: bool

@@ -1,0 +1,246 @@
+"""AOTInductor with int8 layers computed by oneDNN on x86 CPUs: a program quantized by torchao's PT2E, then compiled.
+
+Linears are dynamic, with weights of 7 bits per output channel and activations of 8 bits, as in fbgemm.py, and those
+that cost most stay fp32. Convolutions are static, in ranges of calibration feeds; where they prevail, linears too.
+torchao is needed to build alone: the package runs with torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from deploytool.artifact import Artifact
+from deploytool.backends import saturation, sensitivity, tables
+from deploytool.backends.base import Built, Request, find_backend, source_of
+from deploytool.backends.exported import export_module
+from deploytool.backends.inductor import ENTRY, exported, instructions, open_package, write_package
+from deploytool.backends.linear_ranking import LinearRanking, check_names, plain_linears
+from deploytool.backends.ran_inductor import int8_calls
+from deploytool.backends.torchscript import example
+from deploytool.errors import EnvironmentLacking, InputRefused
+from deploytool.load.flat import no_fast_path
+from deploytool.runner import Runner
+from deploytool.signature import Feeds, Signature
+from deploytool.source import Source
+
+_PREFIX = "module."  # of what FlatModule wraps
+_UNROUND = "quantized_decomposed.dequantize_per_channel"
+_METHODS = ("histogram", "min-max", "percentile")
+
+
+@dataclass(frozen=True)
+class InductorInt8:
+    """Builds `model.pt2` from a live module, which is not changed."""
+
+    def build(self, request: Request) -> Built:
+        """Export, quantize, compile; raises InputRefused when nothing becomes int8."""
+        options = tables.InductorInt8Build(**request.target.build)
+        source = source_of(request)
+        check_names(source.flat, options.exclude)
+        search = _Search(source, request, options)
+        program, settings = search.best()
+        told = write_package(program, request, options.cpu)
+        kernels = int8_calls(told["calls"])
+        if not kernels:
+            raise InputRefused("DT310", "oneDNN must have whole-number kernels for some layer (Inductor found none)",
+                               fix="choose an fp32 target, or ort-int8")  # fmt: skip
+        settings |= {"cpu": instructions(request.out / ENTRY), "int8_kernels": kernels,
+                     "rounded_but_fp32": search.calls - kernels}  # fmt: skip
+        return Built("pt2", ENTRY, "int8", settings=settings)
+
+    def open(self, artifact: Artifact) -> Runner:
+        """Load `model.pt2`; see inductor.open_package."""
+        return open_package(artifact)
+
+
+class _Search:
+    """Decides what is rounded how, and tries the ways to calibrate."""
+
+    def __init__(self, source: Source, request: Request, options: tables.InductorInt8Build) -> None:
+        self.source, self.request, self.options = source, request, options
+        self.signature = source.signature
+        self.program = widened(exported(source, example(request)), self.signature)
+        self.torchao: Any = _quantizer()
+        self.pt2e: Any = importlib.import_module("deploytool.backends.pt2e")
+        self.layers = self._layers()
+        self.calls = 0
+
+    def best(self) -> tuple[ExportedProgram, dict[str, Any]]:
+        """The quantized program that loses least on the calibration feeds, and what the artifact says of it."""
+        static, dynamic, kept, scheme = self._plan()
+        if not static and not dynamic:
+            raise InputRefused("DT310", "the model must hold linears or convolutions that can become int8 (got none)",
+                               fix='set scheme = "static", or choose an fp32 target')  # fmt: skip
+        self.calls = sum(count for layer, (_, count) in self.layers.items() if layer in {*static, *dynamic})
+        feeds = sensitivity.spread(self.request.calibration(), self.options.calibration_samples if static else 1)
+        calibrated = bool(static) and scheme != "learned"
+        methods = _METHODS if self.options.calibration == "auto" else (self.options.calibration,)
+        tried: dict[str, tuple[float, Any]] = {}
+        reference = self._outputs(self.program, feeds)
+        for method in methods if calibrated else methods[:1]:
+            plan = self.torchao.Plan(dynamic, static, scheme != "learned", method, self.options.weight_bits)
+            result = self.pt2e.quantize(self.program, self.torchao.InductorQuantizer(plan), feeds, self.signature,
+                                        self.source.encodings)  # fmt: skip
+            losses = map(sensitivity.sample_loss, reference, self._outputs(result.program, feeds))
+            tried[method] = (max(losses), result)
+        method = min(tried, key=lambda name: tried[name][0])
+        loss, result = tried[method]
+        kinds = Counter(kind for layer, (kind, _) in self.layers.items() if layer in {*static, *dynamic})
+        bits = self.options.weight_bits if scheme != "learned" else self._learned_bits()
+        settings = {"scheme": scheme, "int8": dict(kinds), "kept_fp32": [*self.options.exclude, *kept],
+                    "weight_bits": bits, **_learned(result.learned),
+                    **(_saturation(result.program) if self._may_saturate(result.learned) else {})}  # fmt: skip
+        if calibrated:
+            settings |= {"calibration": method, "calibration_feeds": len(feeds), "calibration_loss": loss}
+        return separated(result.program, self.signature), settings
+
+    def _plan(self) -> tuple[list[str], list[str], list[str], str]:
+        """Static layers, dynamic layers, linears that were measured and stay fp32, and the scheme."""
+        excluded = self._own_names(self.options.exclude)
+        layers = {layer: kind for layer, (kind, _) in self.layers.items() if layer not in excluded}
+        learned = [layer for layer in self._with_grids() if layer in layers]
+        if self.options.scheme == "auto" and learned:
+            return learned, [], [], "learned"
+        convolutions = [layer for layer, kind in layers.items() if kind != "Linear"]
+        linears = [layer for layer, kind in layers.items() if kind == "Linear"]
+        if self.options.scheme == "static" or (self.options.scheme == "auto" and len(convolutions) > len(linears)):
+            return [*convolutions, *linears], [], [], "static"
+        kept = self._kept()
+        dynamic = [layer for layer in linears if layer not in self._own_names(kept)]
+        return ([] if self.options.scheme == "dynamic" else convolutions), dynamic, kept, "dynamic"
+
+    def _kept(self) -> list[str]:
+        """The linears that lose most."""
+        module = self.source.flat
+        with no_fast_path():
+            return LinearRanking(module, plain_linears(module, self.options.exclude), self.request, self.options).kept()
+
+    def _own_names(self, names: Collection[str]) -> set[str]:
+        """All names without `module.` that the modules named, and those inside, have: one may stand at two places."""
+        modules = dict(self.source.flat.named_modules(remove_duplicate=False))
+        chosen = {id(inner) for name in names for inner in modules[name].modules()}
+        return {name.removeprefix(_PREFIX) for name, module in modules.items() if id(module) in chosen}
+
+    def _layers(self) -> dict[str, tuple[str, int]]:
+        """Kind, and number of calls, of every layer whose weight is a constant."""
+        kinds = {self.torchao.LINEAR: "Linear"} | dict.fromkeys(self.torchao.CONVOLUTIONS, "Conv")
+        found = [(self.pt2e.layer_of(node), kinds[node.target])
+                 for node in self.program.module(check_guards=False).graph.nodes if node.target in kinds]  # fmt: skip
+        counts = Counter(layer for layer, _ in found)
+        return {layer: (kind, counts[layer]) for layer, kind in found if layer}
+
+    def _with_grids(self) -> list[str]:
+        grids: list[str] = self.pt2e.layers_with_grids(self.program)
+        return grids
+
+    def _outputs(self, program: ExportedProgram, feeds: Sequence[Feeds]) -> list[list[Any]]:
+        module = program.module(check_guards=False)
+        return [[tensor.numpy() for tensor in self.pt2e.run_module(module, self.signature, one)] for one in feeds]
+
+    def _learned_bits(self) -> int:
+        return max((encoding.bits for encoding in self.source.encodings.values()), default=self.options.weight_bits)
+
+    def _may_saturate(self, learned: Any) -> bool:
+        return self.options.weight_bits == 8 or bool(learned.weights)
+
+
+def _quantizer() -> Any:
+    try:
+        return importlib.import_module("deploytool.backends.inductor_quantizer")
+    except ImportError as error:
+        raise EnvironmentLacking("DT401", f"building inductor-int8 must be able to import torchao (got: {error})",
+                                 fix=find_backend("inductor_int8").fix) from error  # fmt: skip
+
+
+def _learned(learned: Any) -> dict[str, Any]:
+    """What the settings say of scales that the model has learned; nothing where it has none."""
+    if not (learned.inputs or learned.weights or learned.not_taken):
+        return {}
+    return {"encoded": len({*learned.inputs, *learned.weights}), "encodings_not_taken": dict(learned.not_taken)}
+
+
+def _saturation(program: ExportedProgram) -> dict[str, Any]:
+    """How many of the weights saturate on CPUs without VNNI; those refuse such a package."""
+    weights = [(name, tensor.numpy(), 0) for name, tensor in program.state_dict.items()
+               if tensor.dtype is torch.int8 and tensor.dim() > 1]  # fmt: skip
+    return {"needs_vnni": saturation.counted(weights)}
+
+
+def widened(program: ExportedProgram, signature: Signature) -> ExportedProgram:
+    """The program with a second channel of zero weight for convolutions over one channel.
+
+    With free sizes Inductor takes the output of such a convolution to lie in its memory as the input does, which may be
+    read as either layout; oneDNN's whole-number kernel always puts channels last, and what follows reads nonsense
+    (torch 2.13, _inductor/mkldnn_ir.py). The kernel pads channels anyway.
+    """
+    module: GraphModule = program.module(check_guards=False)
+    single = [node for node in module.graph.nodes if str(node.target).startswith("aten.conv")
+              and _weight(module, node) is not None and len(node.args) < 7]  # fmt: skip
+    changed = [node for node in single if _widen(module, node)]
+    if not changed:
+        return program
+    module.recompile()
+    arguments, _ = program.example_inputs or ((), {})
+    return export_module(module, signature, tuple(arguments))
+
+
+def separated(program: ExportedProgram, signature: Signature) -> ExportedProgram:
+    """The program with whole-number weights of their own for each of several layers that share one.
+
+    Inductor has kernels for weights that are read once; each packs its own copy.
+    """
+    module: GraphModule = program.module(check_guards=False)
+    shared = [node for node in module.graph.nodes if str(node.target).startswith(_UNROUND) and len(node.users) > 1]
+    for node in shared:
+        for index, user in enumerate(list(node.users)[1:]):
+            name = f"{str(node.args[0].target).replace('.', '_')}_{index}"
+            module.register_buffer(name, _attribute(module, node.args[0]).detach().clone())
+            with module.graph.inserting_before(user):
+                own = module.graph.get_attr(name)
+                user.replace_input_with(node, module.graph.call_function(node.target, (own, *node.args[1:])))
+    if not shared:
+        return program
+    module.recompile()
+    arguments, _ = program.example_inputs or ((), {})
+    return export_module(module, signature, tuple(arguments))
+
+
+def _widen(module: GraphModule, node: Node) -> bool:
+    weight = _weight(module, node)
+    if weight is None or weight.shape[1] != 1:
+        return False
+    given: Any = node.args[0]
+    reader = node
+    while isinstance(given, Node) and "quantize_per_tensor" in str(given.target):
+        given, reader = given.args[0], given  # a learned grid stays right before the layer
+    with module.graph.inserting_before(reader):
+        twice = [-1, 2, *(-1 for _ in weight.shape[2:])]
+        wide = module.graph.call_function(torch.ops.aten.expand.default, (given, twice))
+    reader.update_arg(0, wide)
+    owner, _, name = str(node.args[1].target).rpartition(".")  # type: ignore[union-attr]
+    padded = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+    setattr(module.get_submodule(owner), name, nn.Parameter(padded, requires_grad=False))
+    return True
+
+
+def _weight(module: GraphModule, node: Node) -> Tensor | None:
+    read = node.args[1]
+    return _attribute(module, read) if isinstance(read, Node) and read.op == "get_attr" else None
+
+
+def _attribute(module: GraphModule, node: Node) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), name)
+    return tensor
+
+
+BACKEND = InductorInt8()
