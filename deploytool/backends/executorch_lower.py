@@ -26,9 +26,12 @@ from deploytool.signature import Outputs, Signature
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its parts warn of each other while they are imported
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+        XnnpackDynamicallyQuantizedPartitioner,
+        XnnpackPartitioner,
+    )
     from executorch.backends.xnnpack.utils.configs import get_transform_passes
-    from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lower
+    from executorch.exir import EdgeProgramManager, ExecutorchProgramManager, to_edge_transform_and_lower
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _METHOD = "forward"
@@ -102,7 +105,7 @@ def lower(
         _check_bounds(program, request.signature, largest)
         try:
             with torch.no_grad(), no_fast_path():
-                return _lowered(program.run_decompositions({_ATTENTION: attention})), done
+                return _lowered(_partitioned(program)), done
         except DeployError:
             raise
         except Exception as error:  # what the compiler raises has no common base
@@ -124,9 +127,26 @@ def _check_bounds(program: ExportedProgram, signature: Signature, largest: Mappi
                                    fix=f"set {dim} = {upper} in [build.largest] and give no larger samples")
 
 
-def _lowered(program: ExportedProgram) -> Lowered:
-    partitioner = XnnpackPartitioner()
-    edge = to_edge_transform_and_lower(program, transform_passes=get_transform_passes(), partitioner=[partitioner])
+def _partitioned(program: ExportedProgram) -> EdgeProgramManager:
+    """The program with what XNNPACK takes in partitions of its own.
+
+    They are as large as can be; where two of these would wait for each other, which ExecuTorch 1.5 does not see in
+    time with ranges that are taken on every call, each layer with such ranges gets one by itself.
+    """
+    try:
+        return _edge(program, XnnpackPartitioner())
+    except AssertionError as error:
+        if "dependency cycles" not in str(error):
+            raise
+    return _edge(program, XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner())
+
+
+def _edge(program: ExportedProgram, *partitioners: Any) -> EdgeProgramManager:
+    plain = program.run_decompositions({_ATTENTION: attention})
+    return to_edge_transform_and_lower(plain, transform_passes=get_transform_passes(), partitioner=[*partitioners])
+
+
+def _lowered(edge: EdgeProgramManager) -> Lowered:
     made: ExecutorchProgramManager = edge.to_executorch()
     plan = made.executorch_program.execution_plan[0]
     nodes: dict[str, list[str]] = {}

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from deploytool.artifact import Artifact
-from deploytool.backends import executorch, tables
+from deploytool.backends import executorch, executorch_lower, tables
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
 from deploytool.backends.executorch_lower import attention, example, sizes_of
 from deploytool.backends.ran import Asked
@@ -88,7 +88,29 @@ def test_the_example_has_no_size_of_one_where_another_sample_has_more(workshop: 
 def test_steps_that_torch_fixes_are_refused(workshop: Workshop) -> None:
     """A recurrent layer over a free number of steps must be refused, and a target that takes it named."""
     request = workshop.request("lstm", load_checked_target(FP32))
-    assert "torchscript" in refused("DT310", InputRefused, lambda: build_artifact(request, {}))
+    said = refused("DT310", InputRefused, lambda: build_artifact(request, {}))
+    assert "axis 1 ('steps') of input 'x' is fixed at" in said and "torchscript" in said
+
+
+def test_partitions_that_wait_for_each_other_are_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where large partitions depend on each other, layers must get their own; any other failure must come out."""
+    tried: list[tuple[str, ...]] = []
+
+    def fail(said: str) -> Callable[..., str]:
+        def edge(program: Any, *partitioners: Any) -> str:
+            tried.append(tuple(type(partitioner).__name__ for partitioner in partitioners))
+            if len(partitioners) == 1:
+                raise AssertionError(said)
+            return "lowered"
+
+        return edge
+
+    monkeypatch.setattr(executorch_lower, "_edge", fail("Invalid partition, found dependency cycles"))
+    assert executorch_lower._partitioned(None) == "lowered"  # type: ignore[arg-type]
+    assert tried == [("XnnpackPartitioner",), ("XnnpackDynamicallyQuantizedPartitioner", "XnnpackPartitioner")]
+    monkeypatch.setattr(executorch_lower, "_edge", fail("something else"))
+    with pytest.raises(AssertionError, match="something else"):
+        executorch_lower._partitioned(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", ["empty", "header", "half", "foreign"])
