@@ -49,7 +49,7 @@ class Artifact:
     format      "source", "torchscript", "pt2", "onnx", "openvino", "executorch",
                 "tensorrt"
     entry       the main file, relative to the folder
-    precision   what the engine really computes in: "fp32", "int8", "fp16"
+    precision   what the engine really computes in: "fp32", "fp16", "bf16", "int8", "fp8", "int4"
     executes    False when the engine was built for hardware that is not here; then `entry` is the graph that the
                 compiler was given, and that is what runs when the artifact is opened
     target      the profile it was built for, as data

@@ -26,7 +26,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tuple[OnnxGraph, OnnxGraph]:
     """The portable graph without any fusion, and the artifact's; of TensorRT the graph behind the engine."""
-    half = artifact.precision == "fp16" or "parity_graph" in artifact.settings
+    half = artifact.precision in ("fp16", "bf16") or "parity_graph" in artifact.settings
     level = "disabled" if half else str(artifact.settings.get("optimization", "all"))
     path = artifact.folder / str(artifact.settings.get("graph", artifact.entry))
     if path.suffix != ".onnx":
@@ -92,9 +92,9 @@ class OnnxGraph:
         return typed.astype(np.float32) if self._rounded and self._types.get(name) in HALVES else typed
 
     def _as_stored(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A rounded float in the fp16 that the artifact has it in; NumPy has no bf16 of its own."""
-        half = self._rounded and self._types.get(name) == TensorProto.FLOAT16
-        return array.astype(np.float16) if half else array
+        """A rounded float in the 16 bits that the artifact has it in."""
+        known = self._types.get(name, 0)
+        return array.astype(helper.tensor_dtype_to_np_dtype(known)) if self._rounded and known in HALVES else array
 
     def _typed(self, name: str, array: np.ndarray) -> np.ndarray:
         """The array in the type that this graph has for it: a tensor may be half precision here."""

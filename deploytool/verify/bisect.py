@@ -25,7 +25,7 @@ from deploytool.errors import BackendFailed
 from deploytool.signature import Feeds, Outputs
 from deploytool.verify.cause import Suspect, likely_cause
 from deploytool.verify.promise import broken_promises
-from deploytool.verify.rounding import allowed, distance, is_quantized
+from deploytool.verify.rounding import allowed, distance, in_few_bits, is_quantized
 from deploytool.verify.weights import steps_off, weight_pairs
 
 _SHOWN = 8
@@ -47,7 +47,7 @@ def bisect_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str
     for tried in dict.fromkeys([path, *few_cases(folder)]):  # a node may be wrong on one case and not on another
         runs = error < math.inf or tried != path
         inputs, sharp = Case.load(tried).inputs, has_sharp_bounds(opened)
-        search = Search(reference, candidate, inputs, opened.precision, runs, sharp, broken)
+        search = Search(reference, candidate, inputs, opened.precision, floats_of(opened), runs, sharp, broken)
         told = search.find()
         replays += search.replays
         if found is None or told["found"] == "node":
@@ -68,12 +68,18 @@ def has_sharp_bounds(artifact: Artifact) -> bool:
     """Whether what a right node of whole numbers costs follows from the tensors themselves.
 
     Not where ranges were learned, or fixed on a few feeds by cutting off, or NNCF moved sizes between weights and
-    activations, nor for 4 bits. fbgemm's static ranges hold all that its feeds had.
+    activations, nor for 4 bits and fp8. fbgemm's static ranges hold all that its feeds had.
     """
     if artifact.precision != "int8":
-        return artifact.precision != "int4"
+        return not in_few_bits(artifact.precision)
     schemes = {"onnxruntime": ("dynamic",), "fbgemm": ("dynamic", "static")}.get(artifact.backend, ())
     return artifact.settings.get("scheme", "dynamic") in schemes
+
+
+def floats_of(artifact: Artifact) -> str:
+    """The floats of an artifact in few bits: what a TensorRT profile's `rest` says."""
+    rest = str(artifact.settings.get("rest", "fp32"))
+    return rest if rest in ("fp16", "bf16") else "fp32"
 
 
 def worst_case(artifact: Artifact, cases: Path) -> tuple[Path, float]:
@@ -97,6 +103,8 @@ def worst_case(artifact: Artifact, cases: Path) -> tuple[Path, float]:
 class Search:
     """One case, replayed in pieces. `names` are the tensors that both graphs have, in the reference's order.
 
+    `precision` is the artifact's, `floats` what it computes beside whole numbers and fp8 in: see floats_of.
+
     `runs` says that the whole artifact runs on the case: an engine that then refuses a piece of it refuses the cut.
     `sharp`: what a node may cost is known, for whole numbers too; see has_sharp_bounds. Never of a node that rounds in
     the model itself: a number between two codes falls to either by its last bit. `broken`: sentences on nodes of the
@@ -107,6 +115,7 @@ class Search:
     candidate: CutGraph
     inputs: Feeds
     precision: str
+    floats: str = "fp32"
     runs: bool = True
     sharp: bool = True
     broken: Mapping[str, str] = field(default_factory=dict)
@@ -158,7 +167,7 @@ class Search:
         region = tuple(cone(self._made, name, self._stops))
         there = tuple(cone(self._makes, name, self._stops))
         expected, failure = self.values[name], self.failures.get(name, "")
-        bound, why = allowed(region, there, self.value, expected, self.precision)
+        bound, why = allowed(region, there, self.value, expected, self.precision, self.floats)
         error = 0.0 if failure and self.runs else distance(expected, got)
         pairs = weight_pairs(region, there, self.reference, self.candidate)
         steps = max((steps_off(weight, stored) for _, weight, stored in pairs), default=0.0)

@@ -11,7 +11,7 @@ import numpy as np
 from deploytool.backends.cut import CutGraph, CutNode
 from deploytool.errors import DeployError
 from deploytool.verify.promise import PROMISE
-from deploytool.verify.rounding import Value, is_quantized
+from deploytool.verify.rounding import Value, in_few_bits, is_quantized
 from deploytool.verify.weights import STEPS_MAX, steps_off, weight_pairs
 
 _SHAPING = ("Reshape", "Expand", "Tile", "ConstantOfShape", "aten::view", "aten::reshape", "aten::expand", "Broadcast")
@@ -97,7 +97,7 @@ def _explanations(
         yield PROMISE, suspect.broken
     if suspect.missing:
         yield "missing node", f"{suspect.missing[0].kind} is not in the artifact's graph"
-    if is_quantized(suspect.candidates) and not suspect.precision.startswith("int"):
+    if is_quantized(suspect.candidates) and not in_few_bits(suspect.precision):
         yield "lower precision", f"{suspect.candidates[0].kind} computes in few bits, {suspect.precision} is promised"
     yield from _swapped(suspect)
     yield from _tiny(suspect, candidate)

@@ -17,7 +17,7 @@ from typing import Any
 from deploytool.artifact import Artifact
 from deploytool.backends.cut import CUTTERS, open_cuts, without_graph
 from deploytool.cases import Case
-from deploytool.verify.bisect import Search, few_cases, has_sharp_bounds
+from deploytool.verify.bisect import Search, few_cases, floats_of, has_sharp_bounds
 from deploytool.verify.cause import Suspect, likely_cause
 from deploytool.verify.promise import PROMISE, broken_promises
 
@@ -54,7 +54,8 @@ def nodes_job(artifact: str, prepared: str, ref: Mapping[str, str]) -> dict[str,
     found: dict[str, dict[str, Any]] = {wrong["tensor"]: wrong for wrong in broken}
     counts = {"tensors": 0, "uncertain": 0, "refused": 0}
     for path in chosen:
-        search = Search(reference, candidate, Case.load(path).inputs, opened.precision, sharp=has_sharp_bounds(opened))
+        search = Search(reference, candidate, Case.load(path).inputs, opened.precision, floats_of(opened),
+                        sharp=has_sharp_bounds(opened))  # fmt: skip
         judged = search.judged()
         sharp = [suspect for suspect in judged if suspect.sharp]
         counts = {"tensors": len(sharp), "uncertain": len(judged) - len(sharp), "refused": len(search.failures)}

@@ -16,7 +16,8 @@ from deploytool.difference import root_mean_square
 
 MASK = 1e30  # beyond it a number stands for infinity: masks are written so
 _HALF_MASK = 6e4  # what half precision makes of it
-_UNITS = {"fp32": 2.0**-24, "fp16": 2.0**-11}
+_UNITS = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+_FEW_BITS = ("int8", "int4", "fp8")
 _FLOAT_HEADROOM = 512.0  # engines approximate exp, erf and tanh, and sum in any order
 _HALF_HEADROOM = 16.0
 _STEP_HEADROOM = 4.0
@@ -59,26 +60,32 @@ def is_quantized(nodes: Sequence[CutNode]) -> bool:
     return any(any(word in node.kind for word in QUANTIZED) for node in nodes)
 
 
+def in_few_bits(precision: str) -> bool:
+    """Whether an artifact of this precision may compute on codes."""
+    return precision in _FEW_BITS
+
+
 def allowed(
-    region: Sequence[CutNode], candidates: Sequence[CutNode], values: Value, result: np.ndarray, precision: str
-) -> tuple[float, str]:
+    region: Sequence[CutNode], candidates: Sequence[CutNode], values: Value, result: np.ndarray, precision: str,
+    floats: str = "fp32",
+) -> tuple[float, str]:  # fmt: skip
     """The error that a region of the reference may have in the candidate's arithmetic, and where that comes from.
 
     `region` are the reference's nodes, `candidates` those that compute the same in the candidate, `result` the
-    reference's tensor, `precision` the artifact's: one that promises fp32 has no right to int8 inside.
+    reference's tensor, `precision` the artifact's: one that promises fp32 has no right to int8 inside. `floats` is what
+    an artifact in few bits computes the rest in.
     """
     size = root_mean_square(_plain(result)) or 1.0
-    if precision.startswith("int") and is_quantized(candidates):
+    if in_few_bits(precision) and is_quantized(candidates):
         if any(node.kind.endswith(_RECURRENT) for node in region):
             return _RECURRENT_INT8, "what int8 may cost in a recurrent layer"
         noise = sum(_step_noise(node, values) for node in region) + _step(_plain(result)) / math.sqrt(12)
         return _STEP_HEADROOM * noise / size, f"{_STEP_HEADROOM:g} times the rounding of 7 and 8 bit steps here"
-    if precision.startswith("int") and any(node.kind in _SUMS and node.constants for node in region):
+    if in_few_bits(precision) and any(node.kind in _SUMS and node.constants for node in region):
         bound = _STEP_HEADROOM * _step(_plain(result)) / math.sqrt(12) / size
         return bound, f"{_STEP_HEADROOM:g} times the rounding of 8 bits, which quantizers correct biases for"
-    unit, headroom, name = _UNITS["fp32"], _FLOAT_HEADROOM, "fp32"
-    if precision == "fp16":
-        unit, headroom, name = _UNITS["fp16"], _HALF_HEADROOM, "fp16"
+    name = precision if precision in _UNITS else floats
+    unit, headroom = _UNITS[name], _FLOAT_HEADROOM if name == "fp32" else _HALF_HEADROOM
     condition = max((_condition(node, values, size) for node in region), default=1.0)
     bound = headroom * unit * min(max(condition, 1.0), _WORST_CONDITION)
     return bound, f"{headroom:g} roundings of {name}, times the node's condition {max(condition, 1.0):.3g}"
