@@ -44,8 +44,7 @@ def export_module(
 
 def _fixed(said: str, signature: Signature) -> list[str]:
     """Which free dimensions torch fixes, in the signature's words; none where it says something else."""
-    found = re.findall(r"(\d+)\](?:\.size\(\))?\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)",
-                       said)  # fmt: skip
+    found = re.findall(r"(\d+)\](?:\.size\(\))?\[(\d+)\] as dynamic but .* to be a constant \((\d+)\)", said)
     places = ((signature.inputs[int(index)], int(axis), size) for index, axis, size in found)
     return [f"axis {axis} ({spec.shape[axis]!r}) of input {spec.name!r} is fixed at {size} by the model's code or by "
             "torch's own layers" for spec, axis, size in places]  # fmt: skip
