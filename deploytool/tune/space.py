@@ -18,6 +18,7 @@ Change = tuple[str, Any]  # ("build.reduce_range", False)
 CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
     ("torchscript", "fp32"): {"optimize": (False,)},
     ("fbgemm", "int8"): {"keep_fp32": (0,), "weight_bits": (8,), "embeddings": (True,)},
+    ("inductor_int8", "int8"): {"keep_fp32": (0,), "weight_bits": (8,)},
     ("onnxruntime", "fp32"): {"arena": (False,)},
     ("onnxruntime", "int8"): {
         "arena": (False,),

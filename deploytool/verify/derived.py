@@ -18,7 +18,7 @@ from deploytool.target import Limits
 _HEADROOM = {"fp32": 16.0, "fp16": 8.0, "int8": 6.0}
 _LEAST = {"fp32": 512 * 2.0**-24, "fp16": 16 * 2.0**-11, "int8": 0.03}
 _FIGURES = {"fp32": ("fp64", "shuffled"), "fp16": ("fp16",), "int8": ("int8",)}
-_DYNAMIC = ("onnxruntime", "fbgemm")
+_DYNAMIC = ("onnxruntime", "fbgemm", "inductor_int8")
 _WORDS = {
     "fp64": "the same model in double precision",
     "shuffled": "sums in another order",
@@ -35,7 +35,8 @@ def arithmetic(artifact: Artifact) -> str:
     """
     if artifact.settings.get("input_grids") and artifact.precision == "fp32":
         return "learned grids"
-    dynamic = artifact.backend in _DYNAMIC and artifact.settings.get("scheme") != "static"
+    calibrated = artifact.settings.get("scheme") == "static" or "calibration" in artifact.settings  # some layers of it
+    dynamic = artifact.backend in _DYNAMIC and not calibrated
     return artifact.precision if artifact.precision != "int8" or dynamic else "static int8"
 
 
