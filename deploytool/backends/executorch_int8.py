@@ -3,7 +3,7 @@
 Weights have 8 bits per output channel, activations 8 bits per tensor. XNNPACK adds products in 32 bits, so nothing
 saturates on any CPU. Inputs of linears are rounded in ranges taken on every call, which transformers need (MiniLM's
 cosine 0.999, and 0.96 with ranges fixed by calibration); convolutional networks run as one piece in whole numbers when
-all ranges are fixed. Which of both is taken is measured.
+all ranges are fixed. Which of both is taken is measured. Grids that a model has learned are static ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def quantize(
     reference = _outputs(program, request.signature, feeds)
     encodings = source_of(request).encodings
     best: tuple[float, str, pt2e.Quantized] | None = None
-    for scheme in _schemes(options, layers):
+    for scheme in ["learned"] if pt2e.layers_with_grids(program) else _schemes(options, layers):
         quantized = pt2e.quantize(program, _quantizer(scheme, options.exclude), feeds, request.signature, encodings,
                                   largest)  # fmt: skip
         loss = sensitivity.output_loss(reference, _outputs(quantized.program, request.signature, feeds))
@@ -63,8 +63,8 @@ def quantize(
     learned = quantized.learned
     settings: dict[str, Any] = {"scheme": scheme, "calibration_feeds": len(feeds), "int8": dict(done),
                                 "kept_fp32": list(options.exclude), "weight_bits": 8, "loss": loss}  # fmt: skip
-    if learned.inputs or learned.weights:
-        settings |= {"scheme": "learned", "encoded": len(learned.weights), "encodings_not_taken": learned.not_taken}
+    if encodings:
+        settings |= {"encoded": len(learned.weights), "encodings_not_taken": learned.not_taken}
     return quantized.program, settings
 
 
@@ -83,7 +83,7 @@ def _quantizer(scheme: str, exclude: tuple[str, ...]) -> XNNPACKQuantizer:
     if scheme == "static":
         return quantizer.set_global(static)
     for kind in _LINEARS:
-        quantizer.set_operator_type(kind, dynamic)
+        quantizer.set_operator_type(kind, static if scheme == "learned" else dynamic)
     for kind in _CONVOLUTIONS:
         quantizer.set_operator_type(kind, static)
     return quantizer

@@ -26,6 +26,7 @@ from deploytool.signature import Outputs, Signature
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its parts warn of each other while they are imported
+    import executorch.kernels.quantized  # noqa: F401 - registers the rounding that XNNPACK leaves to others
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
         XnnpackDynamicallyQuantizedPartitioner,
         XnnpackPartitioner,
