@@ -127,7 +127,8 @@ class Backend:
         """Whether `target` can be built and run here; never raises, imports nothing heavy."""
         absent = [name for name in self.modules if not any(_importable(part) for part in name.split("|"))]
         if absent:
-            return Probe(False, False, f"not installed: {', '.join(absent).replace('|', ' or ')}", self.fix)
+            packages = ", ".join(name.partition(".")[0] for name in absent).replace("|", " or ")
+            return Probe(False, False, f"not installed: {packages}", self.fix)
         compiler = os.environ.get("CXX") or "g++"
         if self.compiler and shutil.which(compiler) is None:
             return Probe(False, False, f"no C++ compiler here: {compiler} is not found", "apt-get install g++")
@@ -175,8 +176,8 @@ BACKENDS = {
         Backend("inductor_int8", "source", ("torch", "torchao"), ("torch", "torchao"), "inductor",
                 tables.InductorInt8Build, compiler=True),
         Backend("fbgemm", "source", ("torch",), ("torch",), "torch", tables.FbgemmBuild),
-        Backend("executorch", "source", ("executorch", "torchao", "torch"), ("executorch", "torchao"), "executorch",
-                tables.ExecuTorchBuild),
+        Backend("executorch", "source", ("executorch", "torchao", "torch"),
+                ("executorch.extension.pybindings._C", "torchao"), "executorch", tables.ExecuTorchBuild),
         Backend("onnxruntime", "onnx", ("onnxruntime", "onnx"), ("onnxruntime", "onnx"), "onnx",
                 tables.OnnxRuntimeBuild),
         Backend("openvino", "onnx", ("openvino", "nncf", "onnx"), ("openvino", "nncf"), "openvino",
