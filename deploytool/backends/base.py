@@ -125,7 +125,7 @@ class Backend:
 
     def probe(self, target: Target) -> Probe:
         """Whether `target` can be built and run here; never raises, imports nothing heavy."""
-        absent = [name for name in self.modules if not any(_importable(part) for part in name.split("|"))]
+        absent = [name for name in self.modules if not any(importable(part) for part in name.split("|"))]
         if absent:
             packages = ", ".join(name.partition(".")[0] for name in absent).replace("|", " or ")
             return Probe(False, False, f"not installed: {packages}", self.fix)
@@ -133,7 +133,7 @@ class Backend:
         if self.compiler and shutil.which(compiler) is None:
             return Probe(False, False, f"no C++ compiler here: {compiler} is not found", "apt-get install g++")
         if self.driver == "nvidia" and not nvidia_driver():
-            if not _importable("tensorrt_rtx"):
+            if not importable("tensorrt_rtx"):
                 return Probe(False, False, "no NVIDIA driver here, and TensorRT builds only beside a GPU", self.fix)
             return Probe(True, False, "no NVIDIA driver here: engines are built, but run elsewhere",
                          "run it on a machine with an NVIDIA GPU and driver")  # fmt: skip
@@ -279,9 +279,11 @@ def _beside_grids(request: Request, built: Built) -> tuple[Target, dict[str, Any
     return eased, {"input_grids": count}
 
 
-def _importable(name: str) -> bool:
+def importable(name: str) -> bool:
+    """Whether there is a module of this name, found without importing it; folders that hold types alone are none."""
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
+        return spec is not None and spec.origin is not None
     except (ImportError, ValueError):  # an import hook that refuses it; a module without a spec in its place
         return False
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from deploytool.artifact import Artifact
 from deploytool.backends.ran import Node
 from deploytool.backends.ran_onnx import read_graph
+from deploytool.backends.tensorrt_layers import UNASKED
 from deploytool.signature import Feeds
 
 
@@ -20,5 +21,6 @@ def read(artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
     nodes = read_graph(graph, feeds, str(artifact.settings.get("parity_graph", "")))
     told = "the graph that the compiler was given, nothing fused yet"
     if any(node.precision in ("int8", "fp8") and node.flops for node in nodes):
-        told += "; int8 and fp8 are its products between grids, as they are written: the engine itself was not asked"
+        told += "; int8 and fp8 are its products between grids, as they are written"
+    told += f"; the engine itself: {artifact.settings.get('inspector', UNASKED)}"
     return told, nodes

@@ -8,16 +8,15 @@ the very graph that the compiler was given, on ONNX Runtime, or the one that sta
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends import tables
-from deploytool.backends.base import Built, Request, nvidia_driver, portable_of
+from deploytool.backends import tables, tensorrt_layers
+from deploytool.backends.base import Built, Request, importable, nvidia_driver, portable_of
 from deploytool.backends.engine import threads_of
 from deploytool.backends.onnx_fp16 import rounding_session
 from deploytool.backends.onnxruntime import SessionRunner, open_session
@@ -31,15 +30,20 @@ ENGINE = "model.engine"
 
 
 def _library() -> Any:
-    full = nvidia_driver() and importlib.util.find_spec("tensorrt") is not None
+    full = nvidia_driver() and importable("tensorrt")
     return importlib.import_module("tensorrt" if full else "tensorrt_rtx")
 
 
-trt = _library()
+if TYPE_CHECKING:
+    import tensorrt as trt  # both have the calls that are made here
+
+    from deploytool.backends.tensorrt_engine import CudaRunner
+else:
+    trt = _library()
 
 
-class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-    """Keeps TensorRT's errors and the last warnings, which are the only place where a failure is explained."""
+class Log(trt.ILogger):
+    """Keeps TensorRT's errors, which are the only place where a failure is explained."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -66,10 +70,12 @@ class TensorRt:
         (request.out / ENGINE).write_bytes(plan)
         settings["profile"] = {name: size.model_dump() for name, size in ranges.items()}
         settings["rebuild"] = rebuild_command(request.signature, ranges)
-        obstacle = obstacle_here(plan, request.signature)
+        obstacle, inspected = tried_here(plan, request.signature)
+        settings["inspector"] = tensorrt_layers.sentence(inspected)
         if obstacle:
             entry = PARITY if "parity_graph" in settings else GRAPH
             return Built("tensorrt", entry, precision, executes=False, settings={**settings, "not_executed": obstacle})
+        settings["engine_layers"] = inspected
         return Built("tensorrt", ENGINE, precision, settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
@@ -87,24 +93,25 @@ def _open_graph(artifact: Artifact) -> Any:
                         without=artifact.settings.get("without", ()))  # fmt: skip
 
 
-def _open_plan(plan: bytes, signature: Signature) -> Runner:
+def _open_plan(plan: bytes, signature: Signature) -> CudaRunner:
     # Needs torch with CUDA: only opening an engine does.
     from deploytool.backends.tensorrt_engine import open_engine
 
     return open_engine(trt, Log(), plan, signature)
 
 
-def obstacle_here(plan: bytes, signature: Signature) -> str:
-    """Why a serialized engine cannot run on this machine, found by opening it; "" when nothing is in the way."""
+def tried_here(plan: bytes, signature: Signature) -> tuple[str, dict[str, Any] | None]:
+    """Why a serialized engine cannot run on this machine, found by opening it, "" when nothing is in the way; and what
+    its inspector tells of an engine that opens."""
     if not nvidia_driver():
-        return "no NVIDIA driver here"
+        return "no NVIDIA driver here", None
     try:
-        with _open_plan(plan, signature):
-            return ""
+        with _open_plan(plan, signature) as runner:
+            return "", runner.layers()
     except ImportError as error:
-        return f"torch, which holds the engine's buffers, cannot be imported ({error})"
+        return f"torch, which holds the engine's buffers, cannot be imported ({error})", None
     except DeployError as error:
-        return "; ".join([error.message, *error.detail])
+        return "; ".join([error.message, *error.detail]), None
 
 
 def size_ranges(request: Request, options: tables.TensorRtBuild) -> dict[str, tables.SizeRange]:
@@ -158,6 +165,7 @@ def compile_engine(graph: Path, signature: Signature, ranges: dict[str, tables.S
     if not parser.parse_from_file(str(graph)):
         raise _refused(parser)
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell
     _set_devices(config, target)
     if ranges:
         config.add_optimization_profile(_profile(builder, signature, ranges))
@@ -199,14 +207,15 @@ def _set_devices(config: Any, target: Target) -> None:
     names = target.device.compute_capabilities
     if not names or not hasattr(config, "set_compute_capability"):
         return
-    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    rtx: Any = trt  # TensorRT-RTX alone has these
+    known = [name for name in rtx.ComputeCapability.__members__ if name.startswith("SM")]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageProblem("DT202", f"device.compute_capabilities must be among {', '.join(known)} "
                                     f"(got {', '.join(unknown)})")  # fmt: skip
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
-        config.set_compute_capability(trt.ComputeCapability.__members__[name], index)
+        config.set_compute_capability(rtx.ComputeCapability.__members__[name], index)
 
 
 def _profile(builder: Any, signature: Signature, ranges: dict[str, tables.SizeRange]) -> Any:

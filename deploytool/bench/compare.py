@@ -66,9 +66,11 @@ class Process:
         self._worker.invoke("rest")
 
     def costs(self) -> dict[str, Any]:
-        """threads, load_s, cold_start_ms, peak_rss_bytes, and of each counter the median turn per run, or None."""
+        """threads, load_s, cold_start_ms, peak_rss_bytes, device_ms, and of each counter the median turn per run, or
+        None."""
         joules = {key: float(np.median(seen)) if seen else None for key, seen in self._joules.items()}
-        return {"threads": self._threads, **self.loading, **self._worker.invoke("memory"), **joules}
+        told = {**self.loading, **self._worker.invoke("memory"), **self._worker.invoke("device")}
+        return {"threads": self._threads, **told, **joules}
 
 
 def compare(
@@ -86,9 +88,10 @@ def compare(
 
     Keys: p50_ms, p90_ms and p99_ms (estimates, with a note, where more runs would make them sure), p90_sure_ms and
     p99_sure_ms (bounds, or None), runs, blocks, disturbed_blocks, threads (of the engine; None where it runs on a GPU),
-    load_s, cold_start_ms, peak_rss_bytes, joules_per_run and gpu_joules_per_run (None where the environment's "energy"
-    and "gpu_energy" say why), environment, notes, block_medians_ms per reference, and `against`: per reference its own
-    p50_ms, threads, load_s, cold_start_ms, peak_rss_bytes, joules_per_run, gpu_joules_per_run, and speedup
+    load_s, cold_start_ms, peak_rss_bytes, device_ms (of the GPU alone; None on CPUs), joules_per_run and
+    gpu_joules_per_run (None where the environment's "energy" and "gpu_energy" say why), environment, notes,
+    block_medians_ms per reference, and `against`: per reference its own
+    p50_ms, threads, load_s, cold_start_ms, peak_rss_bytes, device_ms, joules_per_run, gpu_joules_per_run, and speedup
     (reference time over candidate time), speedup_ci (95 %; None below five undisturbed blocks, which decide nothing),
     speedup_range (the lowest and highest ratio of the blocks), verdict, confirmed.
 

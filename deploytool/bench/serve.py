@@ -69,6 +69,7 @@ class Served:
         Twice, since opening ran once and TorchScript optimizes in the second and third run.
         """
         times = self.time_block(seconds, max_runs=max_runs, min_runs=2)
+        self.device()
         return min(times)
 
     def time_block(self, seconds: float, max_runs: int = 100_000, min_runs: int = 1) -> list[float]:
@@ -102,6 +103,11 @@ class Served:
             time.sleep(_REST_STEP_SECONDS)
             quiet = quiet + 1 if time.process_time() - used < 0.1 * _REST_STEP_SECONDS else 0
         return time.perf_counter() - start
+
+    def device(self) -> dict[str, float | None]:
+        """Median milliseconds of a run since this was last asked, by the device's own clock; None where it has none."""
+        asked = getattr(self._runner, "device_ms", None)
+        return {"device_ms": asked() if asked else None}
 
     def memory(self) -> dict[str, int]:
         """The largest resident size that this process had so far."""

@@ -6,6 +6,7 @@ import importlib
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from workshop import TINY, Workshop
 pytest.importorskip("tensorrt_rtx")
 onnx = pytest.importorskip("onnx")
 
-from deploytool.backends.base import build_artifact, load_checked_target, nvidia_driver  # noqa: E402
+from deploytool.backends.base import build_artifact, importable, load_checked_target, nvidia_driver  # noqa: E402
 from deploytool.backends.build import build_job  # noqa: E402
+from deploytool.backends.ran import Asked  # noqa: E402
 from deploytool.backends.tensorrt_devices import check_devices  # noqa: E402
+from deploytool.backends.tensorrt_layers import UNASKED  # noqa: E402
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem  # noqa: E402
 from deploytool.source import ModelRef  # noqa: E402
 from deploytool.target import Target  # noqa: E402
@@ -92,14 +95,18 @@ def test_a_driver_alone_does_not_execute(
         assert runner.run(feeds)["output"].shape == (1, 6)
 
 
+LAYERS = {"layers": 2, "by_precision": {"fp16": 2}, "fused": 1}
+
+
 def test_an_engine_that_opens_is_executed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the engine that was built opens, it must be the entry; the opening is stood in for: no GPU is here."""
+    """Where the engine that was built opens, it must be the entry, and its inspector be asked; no GPU is here, so that
+    the opening is stood in for."""
     pytest.importorskip("torch")
     opened: list[bytes] = []
 
-    def open_engine(trt: object, log: object, plan: bytes, signature: object) -> nullcontext[None]:
+    def open_engine(trt: object, log: object, plan: bytes, signature: object) -> nullcontext[SimpleNamespace]:
         opened.append(plan)
-        return nullcontext()
+        return nullcontext(SimpleNamespace(layers=lambda: LAYERS))
 
     backend = importlib.import_module("deploytool.backends.tensorrt")
     monkeypatch.setattr(backend, "nvidia_driver", lambda: True)
@@ -108,6 +115,27 @@ def test_an_engine_that_opens_is_executed(workshop: Workshop, monkeypatch: pytes
     assert (artifact.executes, artifact.entry) == (True, "model.engine")
     assert opened == [artifact.main_file.read_bytes()]
     assert "not_executed" not in artifact.settings
+    assert artifact.settings["engine_layers"] == LAYERS
+    assert artifact.settings["inspector"] == "2 layers (2 in fp16), 1 of them fused"
+
+
+def test_without_a_driver_no_layer_is_told(workshop: Workshop) -> None:
+    """The engine's layers must not be guessed: without a driver the report says that they are not available."""
+    artifact = workshop.artifact("mlp", "trt")
+    assert artifact.settings["inspector"] == UNASKED and "engine_layers" not in artifact.settings
+    with Asked(artifact) as asked:
+        asked.run(workshop.feeds("mlp")[0])
+        ran = asked.ran(workshop.feeds("mlp")[0])
+    assert ran is not None and "not available: the engine's inspector needs a driver" in ran["source"]
+
+
+def test_types_alone_are_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of published types has the library's name: it must not be taken for the library."""
+    (tmp_path / "only_types").mkdir()
+    (tmp_path / "only_types" / "__init__.pyi").write_text("")
+    (tmp_path / "a_module.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [importable(name) for name in ("only_types", "a_module", "absent_module")] == [False, True, False]
 
 
 def test_an_unknown_dimension_is_refused(workshop: Workshop) -> None:

@@ -99,6 +99,17 @@ def test_loading_and_memory(tmp_path: Path) -> None:
     assert served.memory()["peak_rss_bytes"] > 10_000_000
 
 
+def test_a_devices_own_clock_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device took must be told where the runner knows it, without the runs that warmed it, and only there."""
+    served = serve(tmp_path)
+    assert served.device() == {"device_ms": None}
+    told = iter([5.0, 0.25])
+    monkeypatch.setattr(served._runner, "device_ms", lambda: next(told), raising=False)
+    served.warm_up(0, max_runs=2)
+    served.time_block(0)
+    assert served.device() == {"device_ms": 0.25}
+
+
 def test_rest_ends(tmp_path: Path) -> None:
     """Waiting for idle threads ends at once when there are none, and after a while when they never sleep."""
     served = serve(tmp_path)
