@@ -8,8 +8,7 @@ the very graph that the compiler was given, on ONNX Runtime, or the one that sta
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,8 @@ from deploytool.backends.engine import threads_of
 from deploytool.backends.onnx_fp16 import rounding_session
 from deploytool.backends.onnxruntime import SessionRunner, open_session
 from deploytool.backends.tensorrt_graph import GRAPH, PARITY, write_graph
-from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem, nearest
+from deploytool.backends.tensorrt_refusals import Refusal, not_built, refused
+from deploytool.errors import DeployError, InputRefused, UsageProblem, nearest
 from deploytool.runner import Runner
 from deploytool.signature import Outputs, Signature
 from deploytool.target import Target
@@ -163,7 +163,8 @@ def compile_engine(graph: Path, signature: Signature, ranges: dict[str, tables.S
     network = builder.create_network(0 if strong is None else 1 << int(strong))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise _refused(parser)
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise refused([Refusal(e.node_operator(), e.node_name(), e.desc()) for e in errors])
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell
     _set_devices(config, target)
@@ -171,35 +172,8 @@ def compile_engine(graph: Path, signature: Signature, ranges: dict[str, tables.S
         config.add_optimization_profile(_profile(builder, signature, ranges))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _not_built(log.lines)
+        raise not_built(log.lines)
     return bytes(plan)
-
-
-_TOO_OLD = re.compile(
-    r"Cannot compile (?:for target\(s\) (?P<devices>[\w, ]+), because the model contains HW-specific datatypes: "
-    r"(?P<types>[\w, ]+)|operation '(?P<node>[^']*)' for (?P<device>[^:]+): (?P<why>[^.]*))"
-)
-
-
-def _not_built(lines: Sequence[str]) -> BackendFailed:
-    """The error for an engine that the compiler did not give, in its own words; names device and node where it does."""
-    found = next((match for line in lines if (match := _TOO_OLD.search(line))), None)
-    message, fix = "(it gave none)", "change [build.profile], or the compute capabilities of the profile"
-    if found is not None:
-        devices = (found["devices"] or found["device"]).upper()
-        message = (f"for {devices} (they have no {found['types']})" if found["types"]
-                   else f"for {devices} (node {found['node']!r}: {found['why']})")  # fmt: skip
-        fix = "take these compute capabilities out of the profile, or let the node compute in fp16"
-    return BackendFailed("DT504", f"TensorRT must build the engine {message}", detail=lines[-5:], fix=fix)
-
-
-def _refused(parser: Any) -> InputRefused:
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    detail = [f"operator {e.node_operator() or '?'}, node {e.node_name() or '?'}: {e.desc()}"[:300] for e in errors[:5]]
-    return InputRefused(
-        "DT310", f"TensorRT must know every operator of the graph (got {len(errors)} errors)",
-        detail=detail, fix="replace these operators in the model, or choose another target",
-    )  # fmt: skip
 
 
 def _set_devices(config: Any, target: Target) -> None:

@@ -18,9 +18,11 @@ onnx = pytest.importorskip("onnx")
 from deploytool.backends.base import build_artifact, importable, load_checked_target, nvidia_driver  # noqa: E402
 from deploytool.backends.build import build_job  # noqa: E402
 from deploytool.backends.ran import Asked  # noqa: E402
+from deploytool.backends.tables import SizeRange  # noqa: E402
 from deploytool.backends.tensorrt_devices import check_devices  # noqa: E402
 from deploytool.backends.tensorrt_layers import UNASKED  # noqa: E402
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem  # noqa: E402
+from deploytool.signature import Signature, TensorSpec  # noqa: E402
 from deploytool.source import ModelRef  # noqa: E402
 from deploytool.target import Target  # noqa: E402
 
@@ -156,27 +158,48 @@ def test_an_unknown_device_is_refused(workshop: Workshop) -> None:
         build_artifact(workshop.request("mlp", target.model_copy(update={"device": device})), {})
 
 
-def test_an_unknown_operator_is_named(workshop: Workshop) -> None:
-    """The refusal of an operator must name the operator and the node."""
-    request = workshop.request("mlp", load_checked_target("trt").model_copy(update={"precision": "fp32"}))
-    assert request.portable is not None
-    folder = workshop.folder / "with-dft"
-    folder.mkdir()
-    x = onnx.helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["batch", 24])
-    y = onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, None)
-    axes = onnx.numpy_helper.from_array(np.array([2], np.int64), "axes")
-    nodes = [onnx.helper.make_node("Unsqueeze", ["input", "axes"], ["u"], name="up"),
-             onnx.helper.make_node("DFT", ["u"], ["output"], name="mixing", axis=1)]  # fmt: skip
-    graph = onnx.helper.make_graph(nodes, "g", [x], [y], [axes])
-    opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), folder / "model.onnx")
-    from dataclasses import replace
+REFUSED = {
+    "transform": ([("Unsqueeze", "x axes", "u", {}), ("DFT", "u", "y", {"axis": 1})], "DFT", "fixed matrices"),
+    "zero point": ([("QuantizeLinear", "x scale zero", "q", {}), ("DequantizeLinear", "q scale zero", "y", {})],
+                   "QuantizeLinear", 'precision = "int8" in the profile makes grids around zero'),
+    "dynamic": ([("DynamicQuantizeLinear", "x", "q s z", {}), ("DequantizeLinear", "q s z", "y", {})],
+                "DynamicQuantizeLinear", 'precision = "int8" in the profile makes the Q/DQ pairs'),
+    "low bits": ([("MatMulNBits", "x codes scales", "y", {"K": 24, "N": 8, "bits": 4, "block_size": 32})],
+                 "MatMulNBits", 'precision = "int4" in the profile'),
+    "text": ([("Cast", "x", "t", {"to": 8}), ("StringNormalizer", "t", "n", {}), ("Cast", "n", "y", {"to": 1})],
+             "StringNormalizer", "turn text into numbers"),
+    "fused": ([("SkipLayerNormalization", "x x gamma", "y", {})], "SkipLayerNormalization", "without ONNX Runtime's"),
+    "unknown": ([("Mine", "x", "y", {})], "Mine", "replace these operators in the model, or choose another target"),
+}  # fmt: skip
+OTHERS = {"MatMulNBits": "com.microsoft", "SkipLayerNormalization": "com.microsoft", "Mine": "my.own"}
 
-    portable = replace(request.portable, folder=folder, files=()).save()
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unknown_operator_is_named(name: str, tmp_path: Path) -> None:
+    """The refusal of a graph must name operator and node, in words, and say what to do about that operator."""
+    steps, operator, advice = REFUSED[name]
+    constants = {"axes": np.array([2], np.int64), "scale": np.float32(0.1), "zero": np.uint8(128),
+                 "codes": np.zeros((8, 1, 16), np.uint8), "scales": np.ones(8, np.float32),
+                 "gamma": np.ones(24, np.float32)}  # fmt: skip
+    tensors = [onnx.numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
+    make = onnx.helper.make_node
+    nodes = [make(kind, given.split(), made.split(), name=f"the_{kind}", domain=OTHERS.get(kind), **how)
+             for kind, given, made, how in steps]  # fmt: skip
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", 24])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    used = [tensor for tensor in tensors if any(tensor.name in node.input for node in nodes)]
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], used)
+    opset = [onnx.helper.make_opsetid("", 18), *(onnx.helper.make_opsetid(d, 1) for d in sorted(set(OTHERS.values())))]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "model.onnx")
+    compile_engine = importlib.import_module("deploytool.backends.tensorrt").compile_engine
+    signature = Signature((TensorSpec("x", "float32", ("batch", 24)),), (TensorSpec("y", "float32", ("batch", 8)),))
+    sizes = {"batch": SizeRange(min=1, opt=2, max=4)}
     with pytest.raises(InputRefused) as caught:
-        build_artifact(replace(request, portable=portable), {})
+        compile_engine(tmp_path / "model.onnx", signature, sizes, load_checked_target("trt"))
     assert caught.value.code == "DT310"
-    assert "operator DFT, node mixing" in str(caught.value)
+    told = "\n".join(caught.value.detail)
+    assert f"operator {operator}, node the_{operator}: " in told and "false" not in told and "Assertion" not in told
+    assert caught.value.fix is not None and advice in caught.value.fix
 
 
 def _for(target: Target, *capabilities: str, precision: str = "fp16") -> Target:
