@@ -44,8 +44,7 @@ class ExecuTorch:
         from deploytool.backends.executorch_lower import lower, sizes_of
 
         largest = sizes_of(request, options)
-        lowered, done = lower(request, options, largest)
-        (request.out / ENTRY).write_bytes(lowered.program)
+        lowered, done = lower(request, options, largest, request.out / ENTRY)
         settings = {"largest": largest, "needs": {"backends": lowered.backends, "operators": lowered.operators}, **done}
         _refuse_missing(settings["needs"], lowered.nodes)
         return Built("executorch", ENTRY, request.target.precision, settings=settings)

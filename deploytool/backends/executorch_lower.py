@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,14 +41,13 @@ _METHOD = "forward"
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program's bytes, and what it needs of the runtime that loads it.
+    """What a program needs of the runtime that loads it.
 
     backends    such as "XnnpackBackend"
     operators   of ExecuTorch's own kernels, such as "aten::mean.out"
     nodes       names of the nodes that call each operator
     """
 
-    program: bytes
     backends: list[str]
     operators: list[str]
     nodes: Mapping[str, list[str]]
@@ -90,9 +90,12 @@ def example(request: Request) -> tuple[Tensor, ...]:
 
 
 def lower(
-    request: Request, options: tables.ExecuTorchBuild, largest: Mapping[str, int]
+    request: Request, options: tables.ExecuTorchBuild, largest: Mapping[str, int], path: Path
 ) -> tuple[Lowered, dict[str, Any]]:
-    """The program of a request and what was done; raises InputRefused where torch or ExecuTorch refuses the model."""
+    """Write the program of a request to `path`; tells what it needs and what was done.
+
+    Raises InputRefused where torch or ExecuTorch refuses the model.
+    """
     source = source_of(request)
     arguments = example(request)
     # torch's choice between its own convolutions depends on sizes, which would become bounds.
@@ -106,8 +109,8 @@ def lower(
         _check_bounds(program, request.signature, largest)
         try:
             with torch.no_grad(), no_fast_path():
-                return _lowered(_partitioned(program)), done
-        except DeployError:
+                return _write(_partitioned(program), path), done
+        except (DeployError, OSError):
             raise
         except Exception as error:  # what the compiler raises has no common base
             raise InputRefused("DT310", "ExecuTorch must lower the exported program "
@@ -147,14 +150,16 @@ def _edge(program: ExportedProgram, *partitioners: Any) -> EdgeProgramManager:
     return to_edge_transform_and_lower(plain, transform_passes=get_transform_passes(), partitioner=[*partitioners])
 
 
-def _lowered(edge: EdgeProgramManager) -> Lowered:
+def _write(edge: EdgeProgramManager, path: Path) -> Lowered:
     made: ExecutorchProgramManager = edge.to_executorch()
+    with path.open("wb") as file:
+        made.write_to_file(file)  # piece by piece: its bytes in one would be the weights once more
     plan = made.executorch_program.execution_plan[0]
     nodes: dict[str, list[str]] = {}
     for node in made.exported_program(_METHOD).graph.nodes:
         nodes.setdefault(_name(node.target), []).append(node.name)
     operators = sorted({f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators})
-    return Lowered(bytes(made.buffer), sorted({delegate.id for delegate in plan.delegates}), operators, nodes)
+    return Lowered(sorted({delegate.id for delegate in plan.delegates}), operators, nodes)
 
 
 def _name(target: Any) -> str:
