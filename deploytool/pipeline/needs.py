@@ -26,7 +26,8 @@ from deploytool.worker import Limits, cache_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".data")
 _LIBRARIES_BYTES = 120_000_000  # the smallest process that opens an engine or a module: Python, NumPy and one runtime
-_BITS = {"int4": 4, "int8": 8, "fp8": 8, "fp16": 16, "bf16": 16}  # of the 32 of an fp32 weight; everything else may keep all of them
+# Of the 32 of an fp32 weight; everything else may keep all of them.
+_BITS = {"int4": 4, "int8": 8, "fp8": 8, "fp16": 16, "bf16": 16}
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 

