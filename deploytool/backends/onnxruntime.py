@@ -15,7 +15,7 @@ from deploytool.artifact import MANIFEST, Artifact
 from deploytool.backends import ort_generate, sensitivity, tables
 from deploytool.backends.base import Built, Request, portable_of
 from deploytool.backends.engine import EngineRunner, threads_of
-from deploytool.backends.ort_generate import SharedCache
+from deploytool.backends.ort_generate import SharedCache, session_options
 from deploytool.backends.ort_rows import run_rows
 from deploytool.backends.shipped_runner import ship
 from deploytool.decoding import PAST, PRESENT, decodes
@@ -23,14 +23,7 @@ from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.signature import Feeds, Signature
 
 ENTRY = "model.onnx"
-_LEVELS = {
-    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
 _NO_FP16 = ("GRU", "LSTM", "RNN")  # CPUs have no kernels of these in fp16
-_ERROR = 3  # ONNX Runtime's log level: warnings about unused initializers are not for users
 
 
 @dataclass(frozen=True)
@@ -161,21 +154,11 @@ def open_session(
     anew for its kernels, which costs time and a second copy of them. With `profile`, the start of a file's name, the
     session writes down there what it runs.
     """
-    options = ort.SessionOptions()
+    options = session_options({"threads": threads, "optimization": optimization, "fuse_qdq": fuse_qdq,
+                               "spinning": spinning, "arena": arena, "flush": flush, "packing": packing})  # fmt: skip
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = profile
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush)))
-    options.add_session_config_entry("session.disable_prepacking", str(int(not packing)))
-    options.add_session_config_entry("session.disable_quant_qdq", str(int(not fuse_qdq)))
-    # On CPUs whose int8 products saturate, signed weights become unsigned ones, whose products do not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.enable_cpu_mem_arena = arena
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = _LEVELS[optimization]
-    options.log_severity_level = _ERROR
     try:
         content = str(model) if isinstance(model, Path) else model
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"],

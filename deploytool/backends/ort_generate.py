@@ -7,7 +7,7 @@ cache is handed to the next.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,13 @@ import numpy as np
 import onnxruntime as ort
 
 PAST, PRESENT, SCORES = "past_key_values.", "present.", "logits"
+LEVELS = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_ERROR = 3  # ONNX Runtime's log level: warnings about unused initializers are not for users
 
 
 class SharedCache:
@@ -64,19 +71,33 @@ class SharedCache:
             binding.bind_cpu_input(name, array)
 
 
+def session_options(settings: Mapping[str, Any]) -> ort.SessionOptions:
+    """The options of a session as the settings of an artifact say; what they leave out takes its default.
+
+    deploytool opens sessions with these too. A bundle's self-test, which is one file, repeats them.
+    """
+    options = ort.SessionOptions()
+    for entry, on in (("intra_op.allow_spinning", settings.get("spinning", True)),
+                      ("set_denormal_as_zero", settings.get("flush", False)),
+                      ("disable_prepacking", not settings.get("packing", True)),
+                      ("disable_quant_qdq", not settings.get("fuse_qdq", True)),
+                      # Where int8 products saturate, signed weights become unsigned ones, whose products do not.
+                      ("x64quantprecision", True)):  # fmt: skip
+        options.add_session_config_entry(f"session.{entry}", str(int(on)))
+    options.enable_cpu_mem_arena = bool(settings.get("arena", True))
+    options.intra_op_num_threads = int(settings.get("threads", 0))
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = LEVELS[str(settings.get("optimization", "all"))]
+    options.log_severity_level = _ERROR
+    return options
+
+
 def open_model(folder: Path) -> tuple[ort.InferenceSession, bool]:
     """The session of the artifact in `folder` with its own settings, and whether it writes its cache in place."""
-    settings = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))["settings"]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = int(settings.get("threads", 0))
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.get("spinning", True))))
-    options.add_session_config_entry("session.set_denormal_as_zero", str(int(settings.get("flush", False))))
-    options.enable_cpu_mem_arena = bool(settings.get("arena", True))
-    level = {"disabled": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}[
-        settings.get("optimization", "all")
-    ]
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
-    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"],
+    artifact = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
+    settings = artifact["settings"]
+    session = ort.InferenceSession(str(folder / artifact["entry"]), session_options(settings),
+                                   providers=["CPUExecutionProvider"],
                                    disabled_optimizers=list(settings.get("without", ())))  # fmt: skip
     return session, settings.get("rows") == "single"
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from workshop import Workshop
 
 from deploytool.artifact import Artifact
 from deploytool.backends import onnxruntime, ort_generate
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
+from deploytool.bundle import selftest
 from deploytool.errors import UsageProblem
 
 
@@ -33,22 +38,51 @@ def test_session_settings_are_part_of_the_artifact(workshop: Workshop, monkeypat
     assert seen["level"] == "extended"
 
 
-def test_the_shipped_runner_opens_it_alike(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script beside a language model must open its graph with every setting of the session, as deploytool does."""
-    build = {"without": ["MatMulAddFusion"], "arena": False, "optimization": "basic"}
-    artifact = build_artifact(workshop.request("mlp", load_checked_target("ort"), **build), {})
-    seen: dict[str, Any] = {}
+class Said:
+    """Session options that write down what is said to them."""
 
-    def opened(path: str, options: Any, **named: Any) -> Any:
-        seen.update(named, level=options.graph_optimization_level, arena=options.enable_cpu_mem_arena)
-        return real(path, options, **named)
+    def __init__(self) -> None:
+        self.__dict__["said"] = {}
 
-    real = ort_generate.ort.InferenceSession
-    monkeypatch.setattr(ort_generate.ort, "InferenceSession", opened)
-    ort_generate.open_model(artifact.folder)
-    shipped = dict(seen)
-    open_artifact(artifact)
-    assert shipped == seen and seen["disabled_optimizers"] == ["MatMulAddFusion"]
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.said[name] = value
+
+    def add_session_config_entry(self, name: str, value: str) -> None:
+        self.said[name] = value
+
+
+UNUSUAL = {"without": ["SkipLayerNormFusion"], "arena": False, "flush": True, "optimization": "extended", "threads": 3,
+           "spinning": False, "fuse_qdq": False, "packing": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", UNUSUAL)
+def test_all_open_it_alike(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str
+) -> None:
+    """deploytool, the generator and a bundle's self-test say the very same to the session; no setting is left out."""
+    built = workshop.artifact("mlp", "ort")
+    said: list[Any] = []
+
+    def opened(path: str, options: Any = None, **named: Any) -> Any:
+        said.append((options.said, named))
+        return real(path, providers=["CPUExecutionProvider"])
+
+    real = ort.InferenceSession
+    monkeypatch.setattr(ort, "SessionOptions", Said)
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+    usual = {**built.settings, "threads": 1}
+    found = []
+    for name, settings in (("usual", usual), ("unusual", {**usual, changed: UNUSUAL[changed]})):
+        shutil.copytree(built.folder, tmp_path / name)
+        artifact = replace(built, folder=tmp_path / name, settings=settings).save()
+        said.clear()
+        open_artifact(artifact).__exit__(None, None, None)
+        ort_generate.open_model(artifact.folder)
+        variant = artifact.to_json()
+        selftest.open_onnx(str(artifact.main_file), [], settings["threads"], selftest.onnx_settings(variant))
+        assert len(said) == 3 and said[0] == said[1] == said[2]
+        found.append(said[0])
+    assert found[0] != found[1]
 
 
 def denormal_sum(flush: bool) -> bool:
