@@ -4,6 +4,7 @@
     python generate.py "Once upon a time" --tokens 64
 
 NumPy, tokenizers and the runtime of the model are all that it needs; decoder.py opens the model with that.
+Exit codes: 0 done, 2 the prompt or an option cannot be, 4 a package or a file is missing, 5 the model does not open.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_TOKENS = 64
 
 
 def chosen(scores: np.ndarray, temperature: float, random: np.random.Generator) -> int:
@@ -53,29 +57,90 @@ def open_decoder(folder: Path, capacity: int) -> Any:
     return module.open_decoder(folder, capacity)
 
 
+def _config(folder: Path, name: str) -> Any:
+    """What the model's files say under a name; None where they do not."""
+    for file in ("generation_config.json", "config.json"):
+        if (folder / file).is_file():
+            found = json.loads((folder / file).read_text(encoding="utf-8")).get(name)
+            if found is not None:
+                return found
+    return None
+
+
 def _stops(folder: Path) -> frozenset[int]:
     """The tokens that end a text, where the model's files name them."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if ends is not None:
-                return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()
+    ends = _config(folder, "eos_token_id")
+    return frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+
+
+def _check_files(folder: Path) -> None:
+    """FileNotFoundError for the first file that is not beside this one."""
+    for name in ("tokenizer.json", "decoder.py", "artifact.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{name} must lie beside this file, in {folder}")
+    entry = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))["entry"]
+    if not (folder / entry).is_file():
+        raise FileNotFoundError(f"{entry} must lie beside this file, in {folder}")
+
+
+def refusal(prompt: int, options: argparse.Namespace, positions: int | None) -> str:
+    """Why a prompt of so many tokens cannot be gone on with as asked; "" where it can.
+
+    `positions` is how many tokens the model was made for, None where nothing tells it.
+    """
+    if options.tokens < 1:
+        return f"--tokens must be at least 1 (got {options.tokens})"
+    if not (options.temperature >= 0 and math.isfinite(options.temperature)):
+        return f"--temperature must be 0 or more (got {options.temperature})"
+    if options.seed < 0:
+        return f"--seed must be 0 or more (got {options.seed})"
+    if not prompt:
+        return "the prompt must have at least one token (got none)"
+    if positions is not None and prompt >= positions:
+        return f"the prompt must leave room in the model's {positions} positions (got {prompt} tokens)"
+    if positions is not None and prompt + options.tokens > positions:
+        return (f"the prompt of {prompt} tokens leaves room for {positions - prompt} in the model's {positions} "
+                f"positions (got --tokens {options.tokens})")  # fmt: skip
+    return ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help="the text to go on with")
-    parser.add_argument("--tokens", type=int, default=64, help="how many new tokens at most")
+    parser.add_argument("--tokens", type=int, help="how many new tokens at most; left out: 64, or as "
+                        "many as the model has positions for")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    try:
+        return _write(options, Path(__file__).resolve().parent)
+    except (ImportError, FileNotFoundError) as error:
+        return _refused(str(error), 4)
+
+
+def _refused(why: str, code: int) -> int:
+    print(f"generate.py: {why}", file=sys.stderr)
+    return code
+
+
+def _write(options: argparse.Namespace, folder: Path) -> int:
+    """Print the text as it comes, and the rates after it."""
     from tokenizers import Tokenizer
 
-    folder = Path(__file__).resolve().parent
+    _check_files(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
-    decoder = open_decoder(folder, len(prompt) + options.tokens)
+    positions = _config(folder, "max_position_embeddings") or _config(folder, "n_positions")
+    if options.tokens is None:
+        options.tokens = max(1, min(_TOKENS, (positions or math.inf) - len(prompt)))
+    if why := refusal(len(prompt), options, positions):
+        return _refused(why, 2)
+    try:
+        decoder = open_decoder(folder, len(prompt) + options.tokens)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a runtime raises for a file that it refuses
+        return _refused(f"the model does not open: {' '.join(str(error).split())[:500]}", 5)
     started, first, tokens = time.perf_counter(), 0.0, []
     print(options.prompt, end="", flush=True)
     told = tokenizer.decode(prompt)

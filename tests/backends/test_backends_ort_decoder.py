@@ -182,13 +182,19 @@ def test_the_engines_own_decoder_gives_the_same_tokens(workshop: Workshop, fuse:
             own.step([1] * 9)
 
 
-def test_the_shipped_runner_generates(workshop: Workshop, tmp_path: Path) -> None:
-    """generate.py lies beside the model where there is a tokenizer, and runs with three packages and no others."""
-    request = workshop.request("decoder", load_checked_target("ort"))
+def shipped(workshop: Workshop, **build: object) -> Artifact:
+    """A decoder with a tokenizer of one word per token, and so with generate.py."""
+    request = workshop.request("decoder", load_checked_target("ort"), **build)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.save(str(request.out / "tokenizer.json"))
-    artifact = build_artifact(request, {})
+    return build_artifact(request, {})
+
+
+@pytest.mark.parametrize("form", ["onnx", "ort"])
+def test_the_shipped_runner_generates(workshop: Workshop, form: str) -> None:
+    """generate.py lies beside the model where there is a tokenizer, and runs with three packages and no others."""
+    artifact = shipped(workshop, format=form)
     code = ("import runpy, sys; sys.argv = ['generate.py', 'w3 w4 w5', '--tokens', '6']\n"
             "try: runpy.run_path(sys.path.pop(0) or FILE, run_name='__main__')\n"
             "finally: print(sorted({'torch', 'deploytool', 'transformers', 'onnx'} & set(sys.modules)))")  # fmt: skip
@@ -198,6 +204,60 @@ def test_the_shipped_runner_generates(workshop: Workshop, tmp_path: Path) -> Non
         expected = greedy_tokens(Loop(runner), [3, 4, 5], 6)
     assert done.stdout.split() == ["w3", "w4", "w5", *(f"w{token}" for token in expected), "[]"]
     assert "tokens/s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["", "--tokens", "4"], "at least one token (got none)"),
+        (["w3", "--tokens", "-3"], "--tokens must be at least 1 (got -3)"),
+        (["w3", "--temperature", "nan"], "--temperature must be 0 or more"),
+        (["w3", "--seed", "-1"], "--seed must be 0 or more"),
+        (["w3 w4", "--tokens", "255"], "room for 254 in the model's 256 positions"),
+        (["w3 " * 256], "got 256 tokens"),
+    ],
+)
+def test_what_cannot_be_generated_is_told_in_one_line(
+    workshop: Workshop, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    """An empty prompt, a wrong number and what the model has no positions for end with one line and exit code 2."""
+    artifact = shipped(workshop)
+    (artifact.folder / "config.json").write_text('{"max_position_embeddings": 256}')
+    done = _generate(artifact.folder, arguments)
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and said in done.stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "decoder.py", "model.onnx"])
+def test_a_missing_file_is_told_in_one_line(workshop: Workshop, name: str) -> None:
+    """What must lie beside generate.py is named, with exit code 4."""
+    artifact = shipped(workshop)
+    (artifact.folder / name).unlink()
+    done = _generate(artifact.folder, ["w3"])
+    assert done.returncode == 4 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and name in done.stderr
+
+
+def test_a_damaged_model_is_told_in_one_line(workshop: Workshop) -> None:
+    """A file that the runtime refuses ends with one line that says so and exit code 5."""
+    artifact = shipped(workshop)
+    artifact.main_file.write_bytes(artifact.main_file.read_bytes()[:1000])
+    done = _generate(artifact.folder, ["w3"])
+    assert done.returncode == 5 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "does not open" in done.stderr
+
+
+def test_what_is_not_asked_for_fits(workshop: Workshop) -> None:
+    """Without --tokens a long prompt gets as many new tokens as there are positions for."""
+    artifact = shipped(workshop)
+    (artifact.folder / "config.json").write_text('{"max_position_embeddings": 256}')
+    done = _generate(artifact.folder, ["w3 " * 253])
+    assert done.returncode == 0 and len(done.stdout.split()) == 256
+
+
+def _generate(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(folder / "generate.py"), *arguments], capture_output=True, text=True,
+                          timeout=60, check=False)  # fmt: skip
 
 
 def test_the_reference_decodes_without_copies(workshop: Workshop) -> None:
