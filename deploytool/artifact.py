@@ -18,6 +18,7 @@ SCHEMA_VERSION = "1.0"
 MANIFEST = "artifact.json"
 REPORT = "report.json"
 GOLDEN = "golden"  # folder of recorded cases, as `cases.py` writes them
+KEPT = "kept"  # folder of what only a search for wrong nodes reads: no part of the artifact, and not shipped
 
 _NONE: Mapping[str, Any] = {}
 
@@ -168,7 +169,10 @@ class Artifact:
 
 
 def _scan(folder: Path, known: Mapping[str, FileEntry] = _NONE) -> tuple[FileEntry, ...]:
-    """Every file but the folder's manifest and report, sorted by path; raises IntegrityBroken at a link or device."""
+    """Every file but the manifest, the report and what is kept beside, sorted by path.
+
+    Raises IntegrityBroken at a link or device.
+    """
     found = []
     for root, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -179,8 +183,8 @@ def _scan(folder: Path, known: Mapping[str, FileEntry] = _NONE) -> tuple[FileEnt
                                       fix="replace links by the files that they point to")  # fmt: skip
         found += [Path(root, name) for name in names]
     paths = {p.relative_to(folder).as_posix(): p for p in found}
-    return tuple(_entry(name, paths[name], known.get(name))
-                 for name in sorted(paths) if name not in (MANIFEST, REPORT))  # fmt: skip
+    own = [name for name in sorted(paths) if name not in (MANIFEST, REPORT) and not name.startswith(f"{KEPT}/")]
+    return tuple(_entry(name, paths[name], known.get(name)) for name in own)
 
 
 def _entry(name: str, path: Path, known: FileEntry | None) -> FileEntry:

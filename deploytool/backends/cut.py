@@ -25,10 +25,12 @@ CUTTERS = {
     "openvino": "deploytool.backends.openvino_cut",
     "torchscript": "deploytool.backends.torchscript_cut",
     "fbgemm": "deploytool.backends.torchscript_cut",
+    "inductor": "deploytool.backends.inductor_cut",
+    "inductor_int8": "deploytool.backends.inductor_cut",
 }
+COMPILED = ("inductor", "inductor_int8")  # what is cut is not what runs, but what that was compiled of
 _WITHOUT = {
     "eager": "runs the module itself",
-    "inductor": "runs a compiled library: no graph is left in it to cut",
     "executorch": "runs a program with compiled parts, whose tensors cannot be given or taken from outside",
 }
 

@@ -21,7 +21,7 @@ from torch._inductor.exc import InductorError
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
-from deploytool.artifact import Artifact
+from deploytool.artifact import KEPT, Artifact
 from deploytool.backends import saturation, tables
 from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import as_tuple, positional
@@ -34,10 +34,11 @@ from deploytool.errors import BackendFailed, EnvironmentLacking
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 from deploytool.source import Source
-from deploytool.storage import write_json
+from deploytool.storage import sha256_file, write_json
 
 ENTRY = "model.pt2"
-_AVX2 = {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
+PROGRAM = "program.pt2"
+AVX2 = {"cpp.simdlen": 256, "cpp.march": "x86-64-v3"}
 # What Inductor calls vector instructions, and the flag of /proc/cpuinfo.
 _FLAGS = {"AVX2": "avx2", "AVX512": "avx512f", "AVX512_VNNI": "avx512_vnni", "AMX_TILE": "amx_tile"}
 
@@ -51,7 +52,8 @@ class Inductor:
         options = tables.InductorBuild(**request.target.build)
         program = exported(source_of(request), example(request))
         write_package(program, request, options.cpu)
-        return Built("pt2", ENTRY, "fp32", settings={"cpu": instructions(request.out / ENTRY)})
+        settings = {"cpu": instructions(request.out / ENTRY), **keep_program(program, request, options)}
+        return Built("pt2", ENTRY, "fp32", settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
         """Load `model.pt2`; see open_package."""
@@ -113,10 +115,21 @@ def write_package(program: ExportedProgram, request: Request, cpu: str) -> dict[
     def see(graph: Graph) -> None:  # Inductor copies its settings, and a recorder in them; a function stays itself
         recorder.see(graph)
 
-    compile_package(program, path, {**(_AVX2 if cpu == "avx2" else {}), "post_grad_custom_pre_pass": see})
+    compile_package(program, path, {**(AVX2 if cpu == "avx2" else {}), "post_grad_custom_pre_pass": see})
     told = recorder.told(path)
     write_json(request.out / KERNELS, told)
     return told
+
+
+def keep_program(program: ExportedProgram, request: Request, options: tables.InductorBuild) -> dict[str, Any]:
+    """Leave what was compiled beside the package, for a search for wrong nodes; the settings that tell of it."""
+    if not options.keep_program:
+        return {}
+    path = request.out / KEPT / PROGRAM
+    path.parent.mkdir()
+    with quiet():
+        torch.export.save(program, path)
+    return {"program": sha256_file(path)}
 
 
 def instructions(package: Path) -> str:

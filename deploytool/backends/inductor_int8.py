@@ -22,7 +22,7 @@ from deploytool.artifact import Artifact
 from deploytool.backends import saturation, sensitivity, tables
 from deploytool.backends.base import Built, Request, find_backend, source_of
 from deploytool.backends.exported import export_module
-from deploytool.backends.inductor import ENTRY, exported, instructions, open_package, write_package
+from deploytool.backends.inductor import ENTRY, exported, instructions, keep_program, open_package, write_package
 from deploytool.backends.linear_ranking import LinearRanking, check_names, plain_linears
 from deploytool.backends.ran_inductor import int8_calls
 from deploytool.backends.torchscript import example
@@ -54,7 +54,8 @@ class InductorInt8:
             raise InputRefused("DT310", "oneDNN must have whole-number kernels for some layer (Inductor found none)",
                                fix="choose an fp32 target, or ort-int8")  # fmt: skip
         settings |= {"cpu": instructions(request.out / ENTRY), "int8_kernels": kernels,
-                     "rounded_but_fp32": search.calls - kernels}  # fmt: skip
+                     "rounded_but_fp32": search.calls - kernels,
+                     **keep_program(program, request, options)}  # fmt: skip
         return Built("pt2", ENTRY, "int8", settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:

@@ -24,9 +24,13 @@ class TorchScriptBuild(Table):
 
 
 class InductorBuild(Table):
-    """`cpu`: the instructions to compile for: "native" of the machine that builds, or "avx2"."""
+    """`cpu`: the instructions to compile for: "native" of the machine that builds, or "avx2".
+
+    keep_program   leave the exported program beside the package, for `verify --bisect`; it is no part of the artifact
+    """
 
     cpu: Literal["native", "avx2"] = "native"
+    keep_program: bool = True
 
 
 class ExecuTorchBuild(Table):

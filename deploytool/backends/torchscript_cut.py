@@ -45,7 +45,7 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
     if artifact.backend == "fbgemm":
         torch.backends.quantized.engine = "fbgemm"
     source = open_source(ModelRef(**ref))
-    feeds = max((case.inputs for case in read_cases(prepared / "calibration")), key=lambda f: _rank(artifact, f))
+    feeds = example_of(artifact, prepared)
     arguments = tuple(tensor.clone() for tensor in positional(artifact.signature, feeds))
     owners = {_fingerprint(weight): name.rpartition(".")[0] for name, weight in source.module.named_parameters()}
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
@@ -62,6 +62,11 @@ def _load(path: Path) -> Any:
     with torch_jit(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.(ao\.quantization is deprecated|quantize_per_)")
         return torch.jit.load(str(path), map_location="cpu")
+
+
+def example_of(artifact: Artifact, prepared: Path) -> Feeds:
+    """The calibration feeds that the backend traced or exported with."""
+    return max((case.inputs for case in read_cases(prepared / "calibration")), key=lambda f: _rank(artifact, f))
 
 
 def _rank(artifact: Artifact, feeds: Feeds) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from deploytool.verify.weights import steps_off, weight_pairs
 
 _SHOWN = 8
 _NEAR_WORST = 0.5  # of several cases that are about as wrong, the smallest is replayed
+_JUMP = 4.0  # times the error before a piece: what many small errors do not add at once
 _FIRST_OF = 0.2  # without sharp bounds, the first node of at least this share of the worst one's excess is named
 
 
@@ -72,8 +73,9 @@ def has_sharp_bounds(artifact: Artifact) -> bool:
     """
     if artifact.precision != "int8":
         return not in_few_bits(artifact.precision)
-    schemes = {"onnxruntime": ("dynamic",), "fbgemm": ("dynamic", "static")}.get(artifact.backend, ())
-    return artifact.settings.get("scheme", "dynamic") in schemes
+    schemes = {"onnxruntime": ("dynamic",), "fbgemm": ("dynamic", "static"), "inductor_int8": ("dynamic",)}
+    calibrated = artifact.backend == "inductor_int8" and "calibration" in artifact.settings
+    return artifact.settings.get("scheme", "dynamic") in schemes.get(artifact.backend, ()) and not calibrated
 
 
 def floats_of(artifact: Artifact) -> str:
@@ -221,13 +223,19 @@ class Search:
             middle = (low + high) // 2
             errors[middle] = max(self._in_place(cuts[middle]).values(), default=0.0)
             low, high = (low, middle) if errors[middle] > limit else (middle, high)
-        start = cuts[low] if low >= 0 else list(self.inputs)
         end = cuts[high] if high < len(cuts) else outputs
-        given = {**self.inputs, **{name: self.values[name] for name in start}}
-        own = max((distance(self.values[n], a) for n, a in self.replay(end, given).items()), default=0.0)
-        between = self._nodes_between(start, end)
-        explained = math.hypot(*(bounds.get(name, 0.0) for n in between for name in n.outputs))
-        fused = own > max(limit, explained)
+        before = errors[low]
+        jumps = errors[high] > _JUMP * max(before, limit)
+        while True:
+            start = cuts[low] if low >= 0 else list(self.inputs)
+            given = {**self.inputs, **{name: self.values[name] for name in start}}
+            own = max((distance(self.values[n], a) for n, a in self.replay(end, given).items()), default=0.0)
+            between = self._nodes_between(start, end)
+            explained = math.hypot(*(bounds.get(name, 0.0) for n in between for name in n.outputs))
+            fused = own > max(limit, explained)
+            if fused or low < 0 or not jumps:
+                break
+            low = low // 2 - 1 if low else -1  # what is wrong was fused across the cut
         node = self._made.get(end[-1]) or self.reference.nodes[-1]
         cause = ("each node is right by itself, and wrong as the engine computes them together: a fusion is wrong"
                  if fused else "no node is wrong by itself: small errors of many nodes add up")  # fmt: skip
@@ -237,7 +245,7 @@ class Search:
             "tensor": end[-1],
             "between": [n.name for n in between],
             "own_error": _finite(own),
-            "error_before": _finite(errors[low]),
+            "error_before": _finite(before),
             "error_after": _finite(errors[high]),
             "cause": "fusion" if fused else "accumulated",
             "sentence": cause,

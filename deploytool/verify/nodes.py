@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends.cut import CUTTERS, open_cuts, without_graph
+from deploytool.backends.cut import COMPILED, CUTTERS, open_cuts, without_graph
 from deploytool.cases import Case
 from deploytool.verify.bisect import Search, few_cases, floats_of, has_sharp_bounds
 from deploytool.verify.cause import Suspect, likely_cause
@@ -29,6 +29,8 @@ def unjudged(artifact: Artifact) -> str | None:
     """Why an artifact's nodes are not judged; None where they are."""
     if artifact.backend not in CUTTERS:
         return f"backend {artifact.backend} {without_graph(artifact.backend)}"
+    if artifact.backend in COMPILED:
+        return f"backend {artifact.backend} runs a compiled library: --bisect looks at the program that it was made of"
     if artifact.main_file.suffix == ".ort":
         return "ONNX Runtime's own format holds no graph that can be cut"
     if artifact.precision == "int4":
