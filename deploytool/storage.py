@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from deploytool.errors import EnvironmentLacking, UsageProblem
 
+_WORK, _LOCK = ".work-", ".lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and stdio.h
 
 
@@ -76,12 +77,12 @@ def read_json(path: Path) -> Any:
 
 
 def refuse_existing(path: Path, overwrite: bool, marker: str | None = None) -> None:
-    """Raise unless `path` is free, an empty folder, or may be overwritten.
+    """Raise unless `path` is free, a folder empty but for what killed calls left, or may be overwritten.
 
     `marker` is the file that every output of the kind holds: what lies at `path` without it is somebody else's, and
     stays even when overwriting is asked for.
     """
-    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+    if not os.path.lexists(path) or (path.is_dir() and all(_is_abandoned(entry) for entry in path.iterdir())):
         return
     if not overwrite:
         raise UsageProblem("DT203", f"the output must not exist yet (got {path})",
@@ -90,6 +91,32 @@ def refuse_existing(path: Path, overwrite: bool, marker: str | None = None) -> N
         what = f"a folder without {marker}" if path.is_dir() else "which is no folder"
         raise UsageProblem("DT203", f"only an earlier output of this command is overwritten (got {path}, {what})",
                            fix="choose another -o, or remove it yourself")  # fmt: skip
+
+
+@contextmanager
+def work_folder(parent: Path) -> Iterator[Path]:
+    """A folder below `parent` for what is made on the way. It goes with the block, after a kill with the next call."""
+    from filelock import FileLock  # slow to import
+
+    for entry in parent.glob(f"{_WORK}*"):
+        if _is_abandoned(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_WORK, dir=parent, ignore_cleanup_errors=True) as folder, \
+            FileLock(Path(folder, _LOCK)):  # fmt: skip
+        yield Path(folder)
+
+
+def _is_abandoned(entry: Path) -> bool:
+    """Whether it is a work folder whose process has ended."""
+    if not entry.name.startswith(_WORK) or entry.is_symlink() or not entry.is_dir():
+        return False
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(entry / _LOCK, timeout=0):
+            return True
+    except (Timeout, OSError):
+        return False
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 
 from deploytool import storage
 from deploytool.errors import UsageProblem
-from deploytool.storage import new_folder, refuse_existing, settle
+from deploytool.storage import new_folder, refuse_existing, settle, work_folder
 
 MARKER = "ours.json"
 
@@ -101,3 +104,28 @@ def test_nothing_foreign_is_overwritten(old: Path, tmp_path: Path) -> None:
         (folder / MARKER).write_text("newer")
     assert (old / MARKER).read_text() == "newer"
     refuse_existing(tmp_path / "mine", overwrite=True)
+
+
+def test_what_a_killed_call_left_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """A work folder is in use while its process lives; after a kill the place is free, and the next call cleans it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    code = ("import sys, pathlib; from deploytool.storage import work_folder\n"
+            "with work_folder(pathlib.Path(sys.argv[1])) as work: (work / 'half').write_text('x'); "
+            "print(1, flush=True); sys.stdin.read()")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        with pytest.raises(UsageProblem, match="must not exist"):
+            refuse_existing(out, overwrite=False)
+        with work_folder(out):
+            assert len(list(out.iterdir())) == 2
+        process.send_signal(signal.SIGKILL)
+    (left,) = out.iterdir()
+    assert (left / "half").is_file()
+    refuse_existing(out, overwrite=False)
+    with work_folder(out) as work:
+        assert list(out.iterdir()) == [work]
+    assert not any(out.iterdir())
+    (out / "mine").write_text("mine")
+    with pytest.raises(UsageProblem, match="must not exist"):
+        refuse_existing(out, overwrite=False)

@@ -34,7 +34,7 @@ class Reference:
         self.ref = ref
         self.prepared = prepared
         self.uncompressed: Reference | DeployError | None = None
-        self._work = work
+        self.work = work
         self._limits = limits
         self._seed = seed
         self._ahead = ahead or Ahead(limits)
@@ -94,7 +94,7 @@ class Reference:
     def _once(self, target: Target, ref: ModelRef) -> Artifact:
         if target.name not in self._made:
             # A name of its own, since a build that failed may have left something.
-            folder = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=self._work))
+            folder = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=self.work))
             with self.engine(target) as engine:
                 self._made[target.name] = self._build(target, ref, folder, engine)
         return self._made[target.name]

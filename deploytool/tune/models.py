@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from deploytool.load.resolve import COMPRESSED, resolve
 from deploytool.pipeline.export import Options, prepared_and_checked
 from deploytool.pipeline.reference import Reference
 from deploytool.source import ModelRef
-from deploytool.storage import sha256_file
+from deploytool.storage import sha256_file, work_folder
 from deploytool.tune.store import Store, digest
 
 
@@ -54,7 +53,7 @@ class Models:
         ref = self.ref if recipe is None else self._compressed(recipe)
         self._say(f"preparing {ref.name}")
         prepared = prepared_and_checked(ref, self._options, graph, self._say)
-        work = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=".work-", dir=self._folder)))
+        work = self._stack.enter_context(work_folder(self._folder))
         return Reference(ref, prepared, work, self._options.limits, self._options.seed)
 
     def compressed_folder(self, recipe: Path) -> Path:

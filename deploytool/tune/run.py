@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from deploytool.pipeline.needs import needs, refuse_impossible, weights_of
 from deploytool.pipeline.reference import Reference
 from deploytool.report.rows import Page
 from deploytool.source import ModelRef
-from deploytool.storage import refuse_existing, sha256_file, write_bytes, write_json
+from deploytool.storage import refuse_existing, sha256_file, work_folder, write_bytes, write_json
 from deploytool.target import Target
 from deploytool.tune.buckets import PACKED, PARTS, best_per_bucket, write_packed
 from deploytool.tune.engine import Start, here
@@ -117,8 +116,8 @@ def tune(
         cases = [resized_case(reference.signature, reference.cases, sizes, out / "cases") if sizes
                  else reference.cases[0] for sizes in plan.sizes]  # fmt: skip
         # Ours to remove: a station on another machine may be ended from outside.
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=out, ignore_cleanup_errors=True) as work:
-            terms = Terms(Path(work), tuple(cases), options.limits, options.seed, options.quality,
+        with work_folder(out) as work:
+            terms = Terms(work, tuple(cases), options.limits, options.seed, options.quality,
                           question.objective == "energy")  # fmt: skip
             with start(terms) as stations:
                 shop = Workshop(models, out, stations, store, options.seed, say)
