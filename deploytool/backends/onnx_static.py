@@ -33,6 +33,8 @@ _OLDEST_OPSET = 13  # the first in which a weight may have a scale per channel
 _GOOD_ENOUGH_SHARE = 0.5  # of the profile's allowed loss of cosine
 # ONNX Runtime 1.31 takes a Relu before a fp8 QuantizeLinear for one that the rounding does, and drops it.
 WITHOUT = ("ReluQuantRewrite",)
+# It makes a product and its sum a Gemm again before the pairs around the product are looked at: computed in floats.
+APART = ("MatMulAddFusion",)
 _AT_ONCE = 2  # products that are kept in addition while the loss is too large
 
 
@@ -196,7 +198,7 @@ def _session(model: ModelProto, *, fused: bool = True) -> ort.InferenceSession:
     options.add_session_config_entry("session.disable_quant_qdq", str(int(not fused)))
     options.log_severity_level = 3
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"],
-                                disabled_optimizers=[] if fused else list(WITHOUT))  # fmt: skip
+                                disabled_optimizers=list(APART if fused else WITHOUT))  # fmt: skip
 
 
 def _check_names(model: ModelProto, options: Options) -> None:

@@ -34,7 +34,8 @@ class OnnxRuntime:
         """Copy the graph (fp32) or quantize it (int8); whether it opens and is right is for verify to see."""
         options = tables.OnnxRuntimeBuild(**request.target.build)
         portable = portable_of(request)
-        settings: dict[str, object] = {"optimization": options.optimization, "without": list(options.without),
+        without = list(options.without)
+        settings: dict[str, object] = {"optimization": options.optimization, "without": without,
                                        "arena": options.arena, "flush": options.flush}  # fmt: skip
         if options.format == "ort" and grids_of(portable):
             raise UsageProblem("DT202", 'build.format must be "onnx" for a model with learned grids of inputs '
@@ -42,9 +43,9 @@ class OnnxRuntime:
         # What rewrites graphs brings the onnx package, which no runner needs in its memory.
         if request.target.precision == "int8" and options.scheme != "weights" and grids_of(portable):
             from deploytool.backends.onnx_learned import write_learned
+            from deploytool.backends.onnx_static import APART
 
-            # A sum that went into its product again as a Gemm would be computed in floating point.
-            settings["without"] = [*options.without, "MatMulAddFusion"]
+            without += APART
             settings |= write_learned(portable, request, "onnxruntime")
             return Built("onnx", ENTRY, "int8", settings=settings)
         match request.target.precision, options.scheme:
@@ -56,8 +57,9 @@ class OnnxRuntime:
                 settings |= quantize(portable.main_file, request, options, request.out / ENTRY)
             case "int8", "static":
                 from deploytool.backends.onnx_qdq import Scheme
-                from deploytool.backends.onnx_static import Options, quantize_static
+                from deploytool.backends.onnx_static import APART, Options, quantize_static
 
+                without += APART
                 static = Options(options, options.int8_ops, options.calibration, options.calibration_samples,
                                  Scheme(7 if options.reduce_range else 8))  # fmt: skip
                 settings |= quantize_static(portable.main_file, request, static, request.out / ENTRY)
@@ -82,7 +84,7 @@ class OnnxRuntime:
         if options.format == "ort":
             from deploytool.backends import ort_format
 
-            saved = ort_format.write_ort(request.out / ENTRY, options.optimization, list(options.without))
+            saved = ort_format.write_ort(request.out / ENTRY, options.optimization, without)
             return Built("onnx", ort_format.ENTRY, request.target.precision, settings={**settings, "saved": saved})
         return Built("onnx", ENTRY, request.target.precision, settings=settings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,18 @@ def open_asked(artifact: Artifact, folder: str) -> SessionRunner:
 
 def read_asked(runner: SessionRunner, artifact: Artifact, feeds: Feeds) -> tuple[str, list[Node]]:
     """The nodes that a session of `open_asked` has run; it writes nothing down from here on."""
-    return "ONNX Runtime's profiler", list(_written_down(runner).values())
+    ran = _written_down(runner)
+    if any(node.flops is None for node in ran.values()):
+        ran |= _unpacked({name for name, node in ran.items() if node.flops is None}, artifact, feeds)
+    return "ONNX Runtime's profiler", list(ran.values())
+
+
+def _unpacked(names: Set[str], artifact: Artifact, feeds: Feeds) -> dict[str, Node]:
+    """These nodes with their flops, from a session that keeps weights as they are: the profiler shows no packed ones."""
+    plain = replace(artifact, settings={**artifact.settings, "packing": False})
+    with tempfile.TemporaryDirectory(prefix="deploytool-") as folder, open_asked(plain, folder) as runner:
+        runner.run(feeds)
+        return {name: node for name, node in _written_down(runner).items() if name in names}
 
 
 def read_graph(artifact: Artifact, feeds: Feeds, runs: str = "") -> list[Node]:

@@ -95,6 +95,13 @@ def test_int8_shows_only_where_it_runs(target: str, ran_by: Callable[[str], tupl
     assert found["flops"] == CONV + LINEARS or found["uncounted"]
 
 
+def test_static_int8_is_int8_throughout(ran_by: Callable[[str], tuple[dict[str, Any], Path]]) -> None:
+    """The convolution, whose weights the engine packs, is counted, and the last linear is no product of floats."""
+    found, _ = ran_by("ort-static-int8")
+    assert (found["flops"], found["uncounted"]) == (CONV + LINEARS, [])
+    assert found["compute_by_precision"] == {"int8": 1.0}
+
+
 def test_a_plain_artifact_is_not_taken_for_int8(ran_by: Callable[[str], tuple[dict[str, Any], Path]]) -> None:
     """A manifest that calls itself int8 must not make the engine say so."""
     _, folder = ran_by("ort")
