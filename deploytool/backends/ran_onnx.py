@@ -50,7 +50,7 @@ def read_asked(runner: SessionRunner, artifact: Artifact, feeds: Feeds) -> tuple
 
 
 def _unpacked(names: Set[str], artifact: Artifact, feeds: Feeds) -> dict[str, Node]:
-    """These nodes with their flops, from a session that keeps weights as they are: the profiler shows no packed ones."""
+    """These nodes with their flops, from a session that lays no weights out anew: the profiler does not show those."""
     plain = replace(artifact, settings={**artifact.settings, "packing": False})
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder, open_asked(plain, folder) as runner:
         runner.run(feeds)
