@@ -29,10 +29,11 @@ from deploytool.backends.base import Built, Request, source_of
 from deploytool.backends.eager import positional
 from deploytool.backends.fbgemm_learned import has_learned, quantize_learned
 from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_static
-from deploytool.backends.linear_ranking import LinearRanking, check_names, plain_linears
+from deploytool.backends.linear_ranking import LinearRanking, check_names, is_inside, plain_linears
 from deploytool.backends.torchscript import ENTRY, example, open_script, save_traced
 from deploytool.errors import EnvironmentLacking, InputRefused
 from deploytool.load.flat import FlatModule, no_fast_path
+from deploytool.load.plain_attention import unfuse, why_fused
 from deploytool.runner import Runner
 from deploytool.source import Source
 
@@ -48,12 +49,15 @@ class Fbgemm:
         options = tables.FbgemmBuild(**request.target.build)
         _use_engine()
         source = source_of(request)
-        check_names(source.flat, options.exclude)
         if options.scheme == "auto" and has_learned(source.module):
+            check_names(source.flat, options.exclude)
             return _build_learned(source, request, options)
         if options.scheme == "static" or (options.scheme == "auto" and is_mostly_convolution(source.module)):
+            check_names(source.flat, options.exclude)
             return _build_static(source.module, request, options)
         module = copy.deepcopy(source.flat).eval()
+        unfused = unfuse(module)  # torch reads the weights inside as tensors: no layer there could be replaced
+        check_names(module, options.exclude)
         with no_fast_path():
             ranking = LinearRanking(module, plain_linears(module, options.exclude), request, options)
             kept = ranking.kept()
@@ -70,10 +74,11 @@ class Fbgemm:
             "kept_fp32": [*options.exclude, *kept],
             "weight_bits": options.weight_bits,
         }
-        if any(isinstance(inner, nn.MultiheadAttention) for inner in module.modules()):
-            settings["note"] = (
-                "projections inside nn.MultiheadAttention stay fp32: torch reads their weights as tensors"
-            )
+        if unfused:
+            settings["unfused"] = sorted(name.removeprefix("module.") for name in unfused)
+        if still := why_fused(module):
+            told = "; ".join(f"{name.removeprefix('module.')}: {reason}" for name, reason in still.items())
+            settings["note"] = f"projections inside of attention stay fp32, since torch reads them as tensors: {told}"
         return Built("torchscript", ENTRY, "int8", settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
@@ -116,7 +121,7 @@ def _chosen(module: nn.Module, options: tables.FbgemmBuild, linears: list[str]) 
     kinds: list[type[nn.Module]] = [nn.LSTM, nn.GRU] if options.recurrent else []
     kinds += [nn.Embedding] if options.embeddings else []
     return [inner for name, inner in module.named_modules()
-            if name in linears or (type(inner) in kinds and name not in options.exclude)]  # fmt: skip
+            if name in linears or (type(inner) in kinds and not is_inside(name, options.exclude))]  # fmt: skip
 
 
 def _convert(module: nn.Module, chosen: list[nn.Module], options: tables.FbgemmBuild) -> dict[str, int]:

@@ -22,9 +22,14 @@ def plain_linears(module: nn.Module, exclude: Collection[str]) -> dict[str, nn.L
     return {
         name: inner
         for name, inner in module.named_modules()
-        if type(inner) is nn.Linear and name not in exclude and inner.weight.dtype == torch.float32
+        if type(inner) is nn.Linear and not is_inside(name, exclude) and inner.weight.dtype == torch.float32
         and not inner._forward_hooks and not inner._forward_pre_hooks and "forward" not in vars(inner)
     }  # fmt: skip
+
+
+def is_inside(name: str, excluded: Collection[str]) -> bool:
+    """Whether a module is one of those that are named, or inside of one."""
+    return any(name == other or name.startswith(f"{other}.") for other in excluded)
 
 
 def check_names(module: nn.Module, exclude: Collection[str]) -> None:
