@@ -21,6 +21,7 @@ from deploytool.cases import read_cases
 from deploytool.errors import BackendFailed
 from deploytool.load.flat import no_fast_path
 from deploytool.load.model import open_source
+from deploytool.load.plain_attention import unfuse
 from deploytool.signature import Feeds, Outputs, Signature
 from deploytool.source import ModelRef
 
@@ -47,7 +48,10 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
     source = open_source(ModelRef(**ref))
     feeds = example_of(artifact, prepared)
     arguments = tuple(tensor.clone() for tensor in positional(artifact.signature, feeds))
-    owners = {_fingerprint(weight): name.rpartition(".")[0] for name, weight in source.module.named_parameters()}
+    if artifact.settings.get("unfused"):  # into linears that the artifact has, and the trace of the model must have too
+        unfuse(source.flat)
+    owners = {_fingerprint(weight): name.removeprefix("module.").rpartition(".")[0]
+              for name, weight in source.flat.named_parameters()}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
         path = Path(folder) / ENTRY
         save_traced(source.flat, arguments, path)

@@ -33,7 +33,8 @@ def search(workshop: Workshop, name: str, target: str, prepared: Path) -> Search
 
 @pytest.mark.parametrize(
     ("name", "target", "weights"),
-    [("conv", "fbgemm", 1), ("mlp", "fbgemm", 1), ("mlp", "ort-int8", 1), ("encoder", "ort-int8", 4)],
+    [("conv", "fbgemm", 1), ("mlp", "fbgemm", 1), ("encoder", "fbgemm", 4), ("mlp", "ort-int8", 1),
+     ("encoder", "ort-int8", 4)],
 )
 def test_right_graphs_are_right_node_by_node(
     name: str, target: str, weights: int, workshop: Workshop, tmp_path: Path
