@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,12 +22,15 @@ from deploytool import settings, shipped
 from deploytool.artifact import Artifact, Step, versions
 from deploytool.backends import tables
 from deploytool.backends.tensorrt_devices import check_devices
+from deploytool.backends.used_settings import check_used
 from deploytool.errors import EnvironmentLacking, InternalError, UsageProblem, nearest
 from deploytool.runner import Runner
 from deploytool.settings import Table
 from deploytool.signature import Outputs, Signature
 from deploytool.source import ModelRef, Source
 from deploytool.target import Target, load_target
+
+AS_USED = "as_used"  # a setting of the eager module: see `open_as_used`
 
 
 @dataclass(frozen=True)
@@ -140,11 +143,10 @@ class Backend:
         return Probe(True)
 
     def check(self, target: Target, path: Path | None = None) -> None:
-        """Raise UsageProblem unless the profile's `[build]` fits this backend; `path` is its file, for line numbers."""
-        settings.check_table(
-            dict(target.build), self.table, text=path.read_text(encoding="utf-8") if path else "",
-            where=str(path) if path else f"target {target.name!r}", prefix=("build",),
-        )  # fmt: skip
+        """Raise UsageProblem unless the profile fits this backend; `path` is its file, for line numbers."""
+        text, where = path.read_text(encoding="utf-8") if path else "", str(path or f"target {target.name!r}")
+        settings.check_table(dict(target.build), self.table, text=text, where=where, prefix=("build",))
+        check_used(target, text=text, where=where)
         self.devices(target)
 
     def build(self, request: Request) -> Built:
@@ -216,6 +218,9 @@ def load_checked_target(name: str) -> Target:
         table = backend.table
         settings.collect(problems, lambda: settings.check_table(build, table, text=text, where=str(path),
                                                                 prefix=("build",)))  # fmt: skip
+    if target is not None and backend is not None and isinstance(build, dict):
+        profile = target
+        settings.collect(problems, lambda: check_used(profile, text=text, where=str(path)))
     if problems or target is None:
         raise settings.complain(str(path), problems)
     if backend is not None:
@@ -240,6 +245,16 @@ def source_of(request: Request) -> Source:
 def open_artifact(artifact: Artifact) -> Runner:
     """Open an artifact with the backend that its manifest names."""
     return find_backend(artifact.backend).open(artifact)
+
+
+def open_as_used(artifact: Artifact) -> Runner:
+    """Open an artifact for timing or the task metric, as its users run it.
+
+    Only the eager module knows a difference: torch takes its fast path by itself, which gives other outputs where a
+    padding mask hides tokens, so that parity is taken without it.
+    """
+    used = {AS_USED: True} if artifact.backend == "eager" else {}
+    return open_artifact(replace(artifact, settings={**artifact.settings, **used}))
 
 
 def build_artifact(request: Request, model: Mapping[str, Any], history: tuple[Step, ...] = ()) -> Artifact:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.artifact import Artifact
-from deploytool.backends.base import Built, Request, source_of
+from deploytool.backends.base import AS_USED, Built, Request, source_of
 from deploytool.backends.engine import EngineRunner, threads_of
 from deploytool.backends.torch_decoder import TensorCache
 from deploytool.decoding import PAST, TOKENS, decodes
 from deploytool.errors import BackendFailed, InputRefused
+from deploytool.load.flat import FlatModule
 from deploytool.load.model import open_source
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
@@ -45,7 +46,9 @@ class Eager:
             raise InputRefused("DT303", f"{source.ref.path} must still have the signature that was recorded",
                                fix="export the model again")  # fmt: skip
         torch.set_num_threads(threads_of(artifact))
-        return ModuleRunner(source.flat, artifact.signature)
+        names = source.signature.input_names, source.signature.output_names
+        used = bool(artifact.settings.get(AS_USED))
+        return ModuleRunner(FlatModule(source.module, *names, fast_path=used), artifact.signature)
 
 
 class ModuleRunner(EngineRunner):

@@ -26,7 +26,7 @@ _WARM_UP_RUNS = 10_000
 _GUARD_THREADS = 8
 SHORT_MS = 2.0  # runs shorter than this depend on the process: where its memory and its threads happen to lie
 _SURE, _SURE_SHORT = 0.10, 1.0  # a difference this large is not of one process alone, nor of one with short runs
-_OPENER = "deploytool.backends.base:open_artifact"
+_OPENER = "deploytool.backends.base:open_as_used"
 _NO_COUNTERS: Mapping[str, Counter | None] = {}
 
 

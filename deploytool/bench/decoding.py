@@ -19,7 +19,7 @@ from deploytool.worker import Limits, Worker
 
 PROMPT, NEW = 128, 64
 ROUNDS = 3
-_OPENER = "deploytool.backends.base:open_artifact"
+_OPENER = "deploytool.backends.base:open_as_used"
 
 
 class Decoding:

@@ -20,7 +20,7 @@ from deploytool.errors import InputRefused
 from deploytool.runner import Runner
 from deploytool.signature import Outputs
 
-_OPENER = "deploytool.backends.base:open_artifact"
+_OPENER = "deploytool.backends.base:open_as_used"
 _REST_SECONDS = 0.5
 _REST_STEP_SECONDS = 0.01
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from deploytool.load.attention_routing import attention_sites
@@ -76,12 +75,7 @@ def _heads(source: Source) -> dict[str, int]:
     """Heads of the modules that ask torch for attention on the first sample."""
     sample = next(iter(source.samples()))
     arguments = [sample[name] for name in source.signature.input_names]
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused path calls no submodule
-    try:
-        sites = attention_sites(source.module, lambda: source.flat(*arguments))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    sites = attention_sites(source.module, lambda: source.flat(*arguments))
     return {site.name: site.heads for site in sites} | {
         name: module.num_heads for name, module in source.module.named_modules()
         if isinstance(module, nn.MultiheadAttention)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,28 @@ from deploytool.errors import InputRefused
 
 
 class FlatModule(nn.Module):
-    """Calls `module` by name with positional tensors and returns its outputs as a tuple, in a fixed order."""
+    """Calls `module` by name with positional tensors and returns its outputs as a tuple, in a fixed order.
 
-    def __init__(self, module: nn.Module, input_names: tuple[str, ...], output_names: tuple[str, ...]):
+    torch's fast path stays off, as in every lowering, so that this is what they are compared with; with `fast_path` it
+    is taken as torch's own users take it.
+    """
+
+    def __init__(
+        self, module: nn.Module, input_names: tuple[str, ...], output_names: tuple[str, ...], *, fast_path: bool = False
+    ):
         super().__init__()
         self.module = module
+        self.fast_path = fast_path
+        if fast_path:
+            _warned_of_nested_tensors()
         self.input_names = input_names
         self.output_names = output_names
         self.train(module.training)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        named = named_outputs(self.module(**dict(zip(self.input_names, tensors, strict=True))))
+        # torch.export looks into this call, where its callers have switched the path off already.
+        with nullcontext() if self.fast_path or torch.compiler.is_compiling() else no_fast_path():
+            named = named_outputs(self.module(**dict(zip(self.input_names, tensors, strict=True))))
         return tuple(named[name] for name in self.output_names)
 
 
@@ -92,12 +105,20 @@ def as_tensor(name: str, value: Any) -> Tensor:
                            f"(got {type(value).__name__})") from error  # fmt: skip
 
 
+@cache
+def _warned_of_nested_tensors() -> None:
+    """torch warns of nested tensors, which its fast path packs padded rows into, once in a process: here, unheard."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
+        torch._nested_tensor_from_mask(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool))
+
+
 @contextmanager
 def no_fast_path() -> Iterator[None]:
-    """Keeps nn.TransformerEncoderLayer on its plain way, in all threads.
+    """Keeps torch's fused attention on its plain way, in all threads.
 
     The other skips submodules, reads weights as tensors, which int8 ones are not, packs padded rows by the example's
-    own padding, and has no translation to ONNX.
+    own padding, leaves zeros where a padding mask hides tokens, and has no translation to ONNX.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

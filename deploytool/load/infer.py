@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.errors import InputRefused, nearest
-from deploytool.load.flat import named_outputs
+from deploytool.load.flat import named_outputs, no_fast_path
 from deploytool.load.variants import parity_feeds
 from deploytool.signature import Dim, Signature, TensorSpec
 
@@ -46,7 +46,7 @@ def infer_signature(
 def _outputs(module: nn.Module, run: Sample, sizes: Mapping[str, int], *, made: bool) -> dict[str, Tensor]:
     copies = {name: value.clone() for name, value in run.items()}  # a module may change its inputs in place
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), no_fast_path():
             return named_outputs(module(**copies))
     except Exception as error:
         if not made or isinstance(error, InputRefused):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from deploytool.errors import InternalError
+from deploytool.load.flat import no_fast_path
 
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _TOLERANCE = 1e-4  # of the largest output: other order of additions, in float32
@@ -57,12 +59,12 @@ class PlainAttention(nn.Module):
         weights = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
-            weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+            weights = (scores if mask is None else scores + _additive(mask, q)).softmax(dim=-1)
             weights = dropout(weights, self.dropout, self.training)
             mixed = weights @ v
             weights = weights.mean(dim=-3) if average_attn_weights else weights
         else:
-            mixed = scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+            mixed = scaled_dot_product_attention(q, k, v, _visible(mask), self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(mixed.transpose(-3, -2).flatten(-2))
         out = out.transpose(0, 1) if swap else out
         return out, weights
@@ -116,7 +118,7 @@ class PlainEncoderLayer(nn.Module):
 class PlainEncoder(nn.Module):
     """nn.TransformerEncoder: the layers one after the other, then the norm.
 
-    The fused path writes zeros where a padding mask hides tokens in evaluation; here hidden tokens have values.
+    torch's fast path leaves zeros where a padding mask hides tokens; on its plain way, and here, they have values.
     """
 
     def __init__(self, fused: nn.TransformerEncoder):
@@ -185,29 +187,43 @@ def plain(fused: nn.Module) -> nn.Module:
 
 
 def largest_difference(fused: nn.Module, made: nn.Module) -> float:
-    """The largest difference of the two modules' outputs, with a causal mask and without, over the largest output."""
+    """The largest difference of the two modules' outputs, over the largest output, hidden positions included.
+
+    Without masks, with a causal one, with padding masks of every kind, and with both; on torch's plain way.
+    """
     attention = next(m for m in fused.modules() if isinstance(m, nn.MultiheadAttention))
     random = torch.Generator().manual_seed(0)
     like = attention.out_proj.weight
     widths = (attention.embed_dim, attention.kdim, attention.vdim)
     drawn = [torch.randn(3, 3, width, generator=random).to(like) for width in widths]
     arguments = drawn if isinstance(fused, nn.MultiheadAttention) else drawn[:1]
-    name = "attn_mask" if isinstance(fused, nn.MultiheadAttention) else _mask_name(fused)
-    hidden = torch.ones(3, 3, dtype=torch.bool).triu(1)
-    worst = 0.0
-    with torch.no_grad():
-        for mask in (None, hidden):
-            before, after = (_first(_evaluated(m)(*arguments, **{name: mask})) for m in (fused, made))
-            worst = max(worst, float((before - after).abs().max() / before.abs().max().clamp(min=1e-30)))
-    return worst
+    before, after = _evaluated(fused), _evaluated(made)
+    found = []
+    with torch.no_grad(), no_fast_path():
+        for masks in _masks(fused, like):
+            expected, got = (_first(module(*arguments, **masks)) for module in (before, after))
+            found.append((expected - got).abs().max() / expected.abs().max().clamp(min=1e-30))
+    return float(torch.stack(found).max())  # NaN where one is
+
+
+def _masks(fused: nn.Module, like: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Masks for a batch of 3 sequences of 3 tokens, by the names that a fused module gives them."""
+    padding_name = "key_padding_mask" if isinstance(fused, nn.MultiheadAttention) else "src_key_padding_mask"
+    name = {nn.MultiheadAttention: "attn_mask", nn.TransformerEncoder: "mask"}.get(type(fused), "src_mask")
+    causal = torch.ones(3, 3, dtype=torch.bool, device=like.device).triu(1)
+    padding = torch.tensor([[False, False, False], [False, True, True], [False, False, True]], device=like.device)
+    added = torch.zeros(3, 3).to(like).masked_fill(padding, -math.inf)
+    soft = torch.arange(9.0).view(3, 3).to(like) / -4
+    yield {}
+    yield {name: causal}
+    for hidden in (padding, added, soft):
+        yield {padding_name: hidden}
+    yield {name: causal, padding_name: padding}
+    yield {name: torch.zeros_like(soft).masked_fill(causal, -math.inf), padding_name: soft}
 
 
 def _evaluated(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval()
-
-
-def _mask_name(module: nn.Module) -> str:
-    return "mask" if isinstance(module, nn.TransformerEncoder) else "src_mask"
 
 
 def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -243,14 +259,23 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-    """Both masks as one to add to scores [..., heads, tokens, tokens]."""
-    mask = None if attn_mask is None else _additive(attn_mask, q)
-    if mask is not None and mask.ndim == 3 and q.ndim == 4:
-        mask = mask.unflatten(0, (-1, q.shape[1]))  # [batch * heads, ...] -> [batch, heads, ...]
+    """Both masks as one [..., heads, tokens, tokens]: where both are bool the hidden, else what to add to scores."""
+    parts = []
+    if attn_mask is not None:
+        apart = attn_mask.ndim == 3 and q.ndim == 4  # [batch * heads, ...] -> [batch, heads, ...]
+        parts.append(attn_mask.unflatten(0, (-1, q.shape[1])) if apart else attn_mask)
     if padding is not None:
-        hidden = _additive(padding, q)[..., None, None, :]
-        mask = hidden if mask is None else mask + hidden
-    return mask
+        parts.append(padding[..., None, None, :])
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    first, second = parts
+    together = first.dtype == torch.bool == second.dtype
+    return first | second if together else _additive(first, q) + _additive(second, q)
+
+
+def _visible(mask: Tensor | None) -> Tensor | None:
+    """A mask as torch's attention takes it: True in a bool one means "seen". Rows that see nothing are zeros then."""
+    return ~mask if mask is not None and mask.dtype == torch.bool else mask
 
 
 def _additive(mask: Tensor, q: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from deploytool.load.model import open_source
 from deploytool.load.track import tracking
 from deploytool.load.variants import further_rows, parity_feeds, shapes
 from deploytool.lower.encodings import write_encodings
+from deploytool.lower.fast_path import fast_path_differs
 from deploytool.lower.onnx import Exporter, lower_onnx
 from deploytool.lower.onnx_take import take_onnx
 from deploytool.signature import Outputs, Signature
@@ -80,6 +81,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
         "lower_is_better": list(source.lower_is_better),
         "has_evaluate": source.evaluate is not None,
         "has_prompts": source.prompts is not None,
+        "fast_path": fast_path_differs(source, folder / "cases"),
         "original": None if source.original is None else vars(source.original),
         "exporter": portable.history[-1].settings["exporter"] if portable else None,
         "encodings": {"of": len(source.encodings), "not_in_graph": unplaced},

@@ -16,7 +16,6 @@ from typing import Any
 
 from deploytool import worker
 from deploytool.artifact import MANIFEST, REPORT, Artifact
-from deploytool.backends import saturation
 from deploytool.backends.base import Probe, find_backend, load_checked_target
 from deploytool.bench.environment import environment
 from deploytool.bundle.contents import FAILED
@@ -26,12 +25,13 @@ from deploytool.errors import BackendFailed, DeployError, InputRefused, UsagePro
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.ahead import Ahead
 from deploytool.pipeline.best import no_better, plain_instead
+from deploytool.pipeline.findings import findings_of
 from deploytool.pipeline.kept import parity_of
 from deploytool.pipeline.needs import NOTHING_NEEDED, Needs, needs, refuse_impossible, weights_of
 from deploytool.pipeline.reference import Reference
 from deploytool.pipeline.speed import speed_of
 from deploytool.source import ModelRef
-from deploytool.storage import refuse_existing, settle, sha256_file, write_json
+from deploytool.storage import refuse_existing, settle, sha256_file, work_folder, write_json
 from deploytool.target import Target, load_target, target_names
 from deploytool.verify.judge import judge_parity, judge_quality
 
@@ -137,7 +137,7 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
         with Ahead(options.limits) as ahead:
             return export(plan, options, say, ahead)
     results = [_unavailable(name, reason) for name, (reason, _) in plan.unavailable.items()]
-    with _output(options.out), tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
+    with _output(options.out), work_folder(options.out) as work:
         if plan.targets:
             say(f"preparing {plan.model.name}")
             prepared, targets, failed = _prepare(plan, options, ahead, say)
@@ -145,9 +145,9 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
             graph = prepared.folder / "onnx"
             size = sum(path.stat().st_size for path in graph.iterdir()) if graph.is_dir() else 0
             refuse_impossible(needs(size, targets, False), options.out, options.limits)
-            reference = Reference(plan.model, prepared, Path(work), options.limits, options.seed, ahead)
+            reference = Reference(plan.model, prepared, work, options.limits, options.seed, ahead)
             if reference.is_compressed and options.bench_seconds and any(t.backend != "eager" for t in targets):
-                reference.uncompressed = _uncompressed(reference.original, graph.is_dir(), Path(work), options,
+                reference.uncompressed = _uncompressed(reference.original, graph.is_dir(), work, options,
                                                        ahead, say)  # fmt: skip
             made: dict[str, dict[str, Any]] = {}  # plain ones that were built out of turn, each once
             for target in targets:
@@ -283,7 +283,7 @@ def _one(
     """Build, verify and time one target; a DeployError becomes its status."""
     final = options.out / target.name
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=options.out) as temporary:
+        with tempfile.TemporaryDirectory(dir=reference.work) as temporary:
             folder = Path(temporary) / target.name
             folder.mkdir()
             result = _stages(target, folder, reference, options, say, done)
@@ -330,21 +330,7 @@ def _stages(
     quality, generation = reference.quality_of(artifact, options.quality)
     wrong += judge_quality(quality, generation, target.parity)
     clock.lap("verify")
-    findings = [] if artifact.executes else [
-        "not executed: the engine was built for hardware that is not here; parity was taken on "
-        + str(artifact.settings.get("parity_run", "the very graph that the compiler was given"))]  # fmt: skip
-    if find_backend(target.backend).accepts == "onnx":
-        findings += reference.prepared.notes
-    if "input_grids" in artifact.settings:
-        findings.append(f"the inputs of {artifact.settings['input_grids']} layers lie on learned grids: a number "
-                        "between two codes may fall to either, so the limits are eased (docs/parity.md)")  # fmt: skip
-    if reference.prepared.info["synthetic"]:
-        findings.append("the samples are synthetic: parity on your own data is not shown")
-    coded = reference.prepared.info["encodings"]["of"]
-    if coded and target.backend != "eager" and not artifact.settings.get("encoded"):
-        findings.append(f"the model's {coded} quantized weights are stored in this target's own form, not as their "
-                        "codes, which ort-int4 and ort-weight-int8 keep")  # fmt: skip
-    findings += saturation.told(artifact.settings, environment()["cpu_flags"])
+    findings = findings_of(target, artifact, reference.prepared)
     speed = memory = None
     if options.bench_seconds > 0 and artifact.executes:
         say(f"{target.name}: timing")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends.base import open_artifact
+from deploytool.backends.base import open_as_used
 from deploytool.errors import DeployError, InputRefused, nearest
 from deploytool.load.model import open_hooks
 from deploytool.load.predict import tensor_predict
@@ -31,7 +31,7 @@ def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     scores: dict[str, list[float]] = {}
     tokens: list[list[int]] = []
-    with open_artifact(Artifact.load(Path(artifact), check=False)) as runner:
+    with open_as_used(Artifact.load(Path(artifact), check=False)) as runner:
         if hooks.evaluate is not None:
             recorded = {"record": partial(_record, scores)} if _records(hooks.evaluate) else {}
             metrics = _checked(_run("evaluate", hooks.evaluate, tensor_predict(runner), **recorded))

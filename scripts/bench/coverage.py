@@ -87,7 +87,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Whisper": ("WhisperForConditionalGeneration", _SPEECH),
 }  # fmt: skip
 PLAIN = {"LSTM": "lstm", "GRU": "gru", "depthwise convolutions": "depthwise", "transposed convolutions": "transposed",
-         "U-Net": "unet", "nn.Transformer": "transformer"}  # fmt: skip
+         "U-Net": "unet", "nn.Transformer": "transformer", "nn.TransformerEncoder with padding": "padded"}  # fmt: skip
 
 
 def make(family: str, folder: Path) -> str:

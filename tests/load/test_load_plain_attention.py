@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deploytool.errors import InternalError
 from deploytool.load import plain_attention
+from deploytool.load.flat import no_fast_path
 from deploytool.load.plain_attention import PlainAttention, PlainEncoder, fused_names, plain, unfuse, why_fused
 
 
@@ -87,6 +88,23 @@ def test_equals_the_encoder(norm_first: bool, batch_first: bool) -> None:
     torch.testing.assert_close(first[~padding], second[~padding], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float", "soft"])
+def test_equals_the_encoder_where_tokens_are_hidden(norm_first: bool, kind: str) -> None:
+    """At hidden positions too, and in rows that are hidden as a whole, it must give what torch gives on its plain way."""
+    layer = nn.TransformerEncoderLayer(12, 2, 20, batch_first=True, norm_first=norm_first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells when its nested path is off
+        fused = _seeded(lambda: nn.TransformerEncoder(layer, 2, nn.LayerNorm(12)))
+    hidden = torch.arange(5) >= torch.tensor([[5], [3], [0]])
+    added = torch.zeros(3, 5).masked_fill(hidden, -2.0 if kind == "soft" else -torch.inf)
+    mask, x = (hidden if kind == "bool" else added), _random(3, 5, 12)
+    with no_fast_path():
+        expected = fused(x, src_key_padding_mask=mask)
+    assert bool(expected.isfinite().all())
+    torch.testing.assert_close(plain(fused)(x, src_key_padding_mask=mask), expected, atol=1e-5, rtol=1e-5)
+
+
 class _Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -136,3 +154,21 @@ def test_an_unequal_replacement_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     fused = _seeded(lambda: nn.MultiheadAttention(12, 3, batch_first=True))
     with pytest.raises(InternalError, match="must give the same outputs"):
         plain(fused)
+
+
+@pytest.mark.parametrize("wrong", ["ignored", "zeros", "NaN"])
+def test_a_padding_mask_is_part_of_the_check(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted form that ignores the padding mask, or clears what it hides, or gives NaN there, must be refused."""
+    right = PlainEncoder.forward
+
+    def planted(self: PlainEncoder, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None
+                ) -> Tensor:  # fmt: skip
+        if wrong == "ignored" or src_key_padding_mask is None or src_key_padding_mask.dtype != torch.bool:
+            return right(self, src, mask, None if wrong == "ignored" else src_key_padding_mask)
+        filled = 0.0 if wrong == "zeros" else torch.nan
+        return right(self, src, mask, src_key_padding_mask).masked_fill(src_key_padding_mask[..., None], filled)
+
+    monkeypatch.setattr(PlainEncoder, "forward", planted)
+    layer = nn.TransformerEncoderLayer(12, 2, 20, batch_first=True)
+    with pytest.raises(InternalError, match="must give the same outputs"):
+        plain(_seeded(lambda: nn.TransformerEncoder(layer, 2)))

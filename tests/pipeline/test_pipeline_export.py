@@ -342,3 +342,46 @@ def test_large_weights_have_the_check_wait_with_its_engine(
     assert exported(model, "ort", out="small")["targets"][0]["status"] == "ok" and True not in asked
     monkeypatch.setattr(pipeline, "_LARGE_BYTES", -1)
     assert exported(model, "ort", out="large")["targets"][0]["status"] == "ok" and asked.count(True) == 1
+
+
+PADDED = """
+import torch
+from torch import nn
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x, hidden):
+        return {"y": self.layers(x, src_key_padding_mask=hidden)}
+
+INPUTS = {"x": ("batch", "tokens", 8), "hidden": ("batch", "tokens")}
+
+def build():
+    torch.manual_seed(0)
+    return Padded()
+
+def samples():
+    random = torch.Generator().manual_seed(0)
+    lengths = [torch.tensor(rows)[:, None] for rows in ((5,), (6, 3), (7, 2, 4))]
+    return [{"x": torch.randn(len(n), int(n.max()), 8, generator=random), "hidden": torch.arange(int(n.max())) >= n}
+            for n in lengths]
+
+def evaluate(predict):
+    return {"zeros": sum((predict(s)["y"] == 0).float().mean().item() for s in samples())}
+
+LOWER_IS_BETTER = ["zeros"]
+"""
+
+
+def test_padded_batches_of_torchs_encoder_go_to_every_target(exported: Exported, tmp_path: Path) -> None:
+    """Where hidden tokens are outputs, parity must hold and the fast path be told; eager's metric is with that path."""
+    path = tmp_path / "padded.py"
+    path.write_text(PADDED)
+    report = exported(str(path), "eager", "torchscript", "fbgemm", "ort", "openvino")
+    for name, result in by_target(report).items():
+        assert result["status"] == "ok" and result["parity"]["passed"], (name, result["reason"])
+        assert any("leaves zeros where a padding mask hides" in said for said in result["findings"])
+        assert result["quality"]["zeros"]["reference"] > 0.5
+    assert by_target(report)["ort"]["quality"]["zeros"]["candidate"] == 0

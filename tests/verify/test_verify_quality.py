@@ -47,7 +47,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     folder.mkdir()
     (folder / "engine").write_bytes(b"-")
     Artifact(folder, "eager", "source", "engine", "fp32", IDS).save()
-    monkeypatch.setattr(quality, "open_artifact", lambda opened: Counts())
+    monkeypatch.setattr(quality, "open_as_used", lambda opened: Counts())
     return str(folder)
 
 

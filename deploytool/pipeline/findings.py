@@ -1,0 +1,42 @@
+"""What a report says of an artifact beside its figures: what they were taken on, and what they do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploytool.artifact import Artifact
+from deploytool.backends import saturation
+from deploytool.backends.base import find_backend
+from deploytool.bench.environment import environment
+from deploytool.cache import Prepared
+from deploytool.target import Target
+
+
+def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[str]:
+    """The sentences for one artifact, but for those of its timing."""
+    findings = [] if artifact.executes else [
+        "not executed: the engine was built for hardware that is not here; parity was taken on "
+        + str(artifact.settings.get("parity_run", "the very graph that the compiler was given"))]  # fmt: skip
+    if find_backend(target.backend).accepts == "onnx":
+        findings += prepared.notes
+    if "input_grids" in artifact.settings:
+        findings.append(f"the inputs of {artifact.settings['input_grids']} layers lie on learned grids: a number "
+                        "between two codes may fall to either, so the limits are eased (docs/parity.md)")  # fmt: skip
+    if prepared.info["synthetic"]:
+        findings.append("the samples are synthetic: parity on your own data is not shown")
+    if prepared.info["fast_path"]:
+        findings.append(_of_fast_path(prepared.info["fast_path"]))
+    coded = prepared.info["encodings"]["of"]
+    if coded and target.backend != "eager" and not artifact.settings.get("encoded"):
+        findings.append(f"the model's {coded} quantized weights are stored in this target's own form, not as their "
+                        "codes, which ort-int4 and ort-weight-int8 keep")  # fmt: skip
+    return findings + saturation.told(artifact.settings, environment()["cpu_flags"])
+
+
+def _of_fast_path(differs: Mapping[str, Any]) -> str:
+    found = differs["failed"] or (f"by up to {differs['largest']:.2g} of the largest output, in {differs['cases']} of "
+                                  f"{differs['of']} cases: {', '.join(differs['outputs'])}")  # fmt: skip
+    return (f"on torch's fast path for nn.TransformerEncoder, which PyTorch takes by itself, the outputs differ "
+            f"({found}): it leaves zeros where a padding mask hides tokens. Parity is with the module without it; "
+            "eager's metric and time are with it (docs/parity.md)")  # fmt: skip
