@@ -91,7 +91,7 @@ def test_equals_the_encoder(norm_first: bool, batch_first: bool) -> None:
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("kind", ["bool", "float", "soft"])
 def test_equals_the_encoder_where_tokens_are_hidden(norm_first: bool, kind: str) -> None:
-    """At hidden positions too, and in rows that are hidden as a whole, it must give what torch gives on its plain way."""
+    """At hidden positions too, and in rows that are hidden as a whole, it must give what torch's plain way gives."""
     layer = nn.TransformerEncoderLayer(12, 2, 20, batch_first=True, norm_first=norm_first)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells when its nested path is off

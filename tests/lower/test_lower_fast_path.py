@@ -60,7 +60,7 @@ def differs(make_source: Callable[..., Any], module: Any, hidden: Any, folder: P
     return fast_path_differs(source, folder)
 
 
-@pytest.mark.parametrize("module, hidden, far", [
+@pytest.mark.parametrize(("module", "hidden", "far"), [
     (Encoder, HIDDEN, True), (Pooled, HIDDEN, False), (Attention, HIDDEN, False),
     (lambda: Encoder(norm_first=True), HIDDEN, False), (Encoder, HIDDEN & False, False),
     (Encoder, HIDDEN * -2.0, True),
