@@ -21,7 +21,7 @@ from deploytool.backends import tables
 from deploytool.backends.base import Built, Request
 from deploytool.backends.eager import positional
 from deploytool.backends.engine import EngineRunner, threads_of
-from deploytool.errors import BackendFailed, EnvironmentLacking, InputRefused, UsageProblem
+from deploytool.errors import BackendFailed, EnvironmentLacking, InputRefused
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 
@@ -37,9 +37,6 @@ class ExecuTorch:
     def build(self, request: Request) -> Built:
         """Export with bounded sizes, quantize where the profile says so, lower, write."""
         options = tables.ExecuTorchBuild(**request.target.build)
-        if request.target.precision not in ("fp32", "int8"):
-            raise UsageProblem("DT202", "precision must be fp32 or int8 for ExecuTorch "
-                                        f"(got {request.target.precision})")  # fmt: skip
         # The compiler; opening an artifact does without.
         from deploytool.backends.executorch_lower import lower, sizes_of
 

@@ -72,13 +72,10 @@ class OnnxRuntime:
                 settings |= write_fp16(portable.main_file, feeds, full, request.out / ENTRY)
                 if options.optimization == "all":  # its layouts end the process by a signal at some fp16 graphs
                     settings["optimization"] = "extended"
-            case ("int8" | "int4"), _:
+            case _:  # int8 or int4 of the weights alone
                 from deploytool.backends.ort_graph import write_weight_only
 
                 settings |= write_weight_only(portable, request, options)
-            case other, _:
-                raise UsageProblem("DT202", f"precision must be fp32, fp16, int8 or int4 for ONNX Runtime on CPUs "
-                                            f"(got {other})")  # fmt: skip
         if decodes(request.signature) and (request.out / "tokenizer.json").is_file():
             ship(Path(ort_generate.__file__), request.out)
         if options.format == "ort":

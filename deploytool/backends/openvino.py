@@ -25,7 +25,7 @@ from deploytool.backends.openvino_generate import BEAMS, KeptCache  # noqa: E402
 from deploytool.backends.openvino_states import cache_pairs, keep_cache  # noqa: E402
 from deploytool.backends.shipped_runner import ship  # noqa: E402
 from deploytool.decoding import TOKENS  # noqa: E402
-from deploytool.errors import BackendFailed, InputRefused, UsageProblem  # noqa: E402
+from deploytool.errors import BackendFailed, InputRefused  # noqa: E402
 from deploytool.runner import Runner  # noqa: E402
 from deploytool.signature import Feeds, Signature  # noqa: E402
 
@@ -42,11 +42,7 @@ class OpenVino:
         """Import the graph, quantize it for int8, and save it without shrinking fp32 weights to fp16."""
         options = tables.OpenVinoBuild(**request.target.build)
         precision = request.target.precision
-        if precision not in ("fp32", "int8", "int4"):
-            raise UsageProblem("DT202", f"precision must be fp32, int8 or int4 for OpenVINO on CPUs (got {precision})")
         only_weights = precision == "int4" or (precision == "int8" and options.weights_only)
-        if options.activation_group is not None and not only_weights:
-            raise UsageProblem("DT202", f"activation_group is for int4, or int8 with weights_only (got {precision})")
         trained = "input_grids" in portable_of(request).settings
         if trained and precision == "int8" and options.scheme == "auto" and not options.weights_only:
             return _finished(*_learned(request), request, options)

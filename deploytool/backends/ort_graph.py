@@ -17,7 +17,7 @@ from deploytool.backends.ort_groups import Grouped, grouped_from
 from deploytool.backends.ort_importance import mean_squares
 from deploytool.backends.ort_weights import Plan, Product, compress_weights, embedded, products, rounded_matrix
 from deploytool.encoding import read_coded
-from deploytool.errors import InputRefused
+from deploytool.errors import InputRefused, UsageProblem, nearest
 from deploytool.lower.onnx_write import save
 
 MICROSOFT = "com.microsoft"
@@ -46,7 +46,8 @@ def write_weight_only(portable: Artifact, request: Request, options: tables.Onnx
     given, refused = _encoded(model, request)
     inputs = mean_squares(model, request) if bits == 4 and not given else {}
     plans = _plans(model, options, 8 if given else bits, inputs)
-    plans |= {name: Plan(matrix.bits, matrix.group, options.activations) for name, matrix in given.items()}
+    plans |= {name: Plan(matrix.bits, matrix.group, options.activations) for name, matrix in given.items()
+              if name in plans}  # fmt: skip
     if not plans:
         raise InputRefused("DT310", "the graph must hold matrix products with constant weights (got none)",
                            fix="choose an fp32 target, or openvino-int8, which takes convolutions too")  # fmt: skip
@@ -91,9 +92,13 @@ def _loaded(portable: Artifact) -> ir.Model:
 
 
 def _plans(model: ir.Model, options: tables.OnnxRuntimeBuild, bits: int, inputs: dict[str, Any]) -> dict[str, Plan]:
-    """How each matrix is stored, by name; those that `exclude` names stay fp32."""
-    found = {p.name: p for p in (*embedded(model.graph), *products(model.graph))
-             if not any(fnmatchcase(p.name, pattern) for pattern in options.exclude)}  # fmt: skip
+    """How each matrix is stored, by name; those that `exclude` names stay fp32, and it must name some."""
+    there = {p.name: p for p in (*embedded(model.graph), *products(model.graph))}
+    idle = [pattern for pattern in options.exclude if not any(fnmatchcase(name, pattern) for name in there)]
+    if idle:
+        raise UsageProblem("DT202", f"build.exclude must hold patterns of weights' names (got {', '.join(idle)})",
+                           detail=[nearest(idle[0], there)])  # fmt: skip
+    found = {name: p for name, p in there.items() if not any(fnmatchcase(name, one) for one in options.exclude)}
     plans = {name: Plan(bits, _group(product, options.group), options.activations) for name, product in found.items()}
     for name in _eight_bits(found, plans, options.int8_share, inputs) if bits == 4 else ():
         plans[name] = Plan(8, plans[name].group, options.activations)

@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from deploytool.backends import ort_optimizers
+from deploytool.errors import nearest
 from deploytool.settings import Table
 
 
@@ -107,14 +109,15 @@ ACCURACY_LEVELS = {"fp32": 1, "int8": 4}
 
 
 class OnnxRuntimeBuild(KeepFp32):
-    """`optimization`, `fuse` and what is of the session hold for every precision.
+    """`optimization` and what is of the session hold for every precision.
 
     optimization   how far ONNX Runtime rewrites the graph when it is opened
     without        names of ONNX Runtime's optimizers that are left out of that, such as "SkipLayerNormFusion"
     arena          whether the session keeps the memory that it took: faster, and larger after a long input
     flush          whether denormal numbers count as zero: arithmetic on them is many times slower on x86. The first
                    session of a process decides for all
-    fuse           a language model's attention, norms and products become ONNX Runtime's own operators
+    fuse           of fp32 and weights alone: a language model's attention, norms and products become ONNX Runtime's own
+                   operators
     scheme         int8: "dynamic" rounds the inputs of products too, in ranges taken on every call; "static" in ranges
                    that calibration fixes; "weights" the weights alone. int4 rounds weights
     op_types       operators that become int8. Dynamic: "MatMul" (which covers Gemm), "LSTM", "Attention", "Gather",
@@ -156,6 +159,9 @@ class OnnxRuntimeBuild(KeepFp32):
 
     @model_validator(mode="after")
     def _known_to_the_scheme(self) -> Self:
+        if unknown := [name for name in self.without if name not in ort_optimizers.NAMES]:
+            raise ValueError("must have names of ONNX Runtime's optimizers in without, which it passes over otherwise "
+                             f"(got {', '.join(unknown)}; {nearest(unknown[0], ort_optimizers.NAMES)})")  # fmt: skip
         if self.scheme == "static" and (others := set(self.op_types) - set(_INT8_OPS["static"])):
             raise ValueError(f'must have "MatMul" and "Conv" alone in op_types for static int8 (got {sorted(others)})')
         return self

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploytool.backends.saturation import has_vnni
+from deploytool.backends.used_settings import does_something
 from deploytool.bench.environment import environment, usable_cores
 from deploytool.target import Target
 
@@ -78,10 +79,8 @@ class Config:
 
 def _fits(profile: Target, key: str) -> bool:
     """Whether a setting does anything in the profile's scheme: a build that comes out the same is wasted."""
-    if profile.build.get("weights_only"):
-        return key not in ("scheme", "preset")
-    unknown = {"static": ("op_types",), "weights": ("op_types", "reduce_range")}
-    return key not in unknown.get(str(profile.build.get("scheme")), ())
+    static = profile.build.get("scheme") == "static" and key == "op_types"  # embeddings are of dynamic int8
+    return does_something(profile, key) and not static
 
 
 def _word(value: Any) -> str:
