@@ -172,6 +172,9 @@ def test_a_missing_package_says_what_to_install(backend, monkeypatch) -> None:  
             monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
             for loaded in [name, *(module for module in sys.modules if module.startswith(f"{name}."))]:
                 monkeypatch.setitem(sys.modules, loaded, None)
+            owner, _, part = name.rpartition(".")
+            if owner in sys.modules:  # `from owner import part` asks it first
+                monkeypatch.delattr(sys.modules[owner], part, raising=False)
     monkeypatch.delitem(sys.modules, f"deploytool.backends.{backend.name}", raising=False)
     command = f"pip install 'deploytool[{backend.extra}]'"
     probe = find_backend(backend.name).probe(target)
