@@ -140,6 +140,8 @@ def new_folder(path: Path, *, overwrite: bool = False, marker: str | None = None
 def settle(new: Path, path: Path) -> None:
     """Move a finished folder to its place on the same file system; what was there is replaced and removed.
 
+    Its files can be read by everybody then, as those of `new_file` can.
+
     Where the system can exchange two names (Linux), there is no moment without a folder at `path`. Elsewhere there is
     a short one, and the old folder comes back when the new one cannot take its place.
     """
@@ -191,6 +193,7 @@ def _sync_tree(folder: Path) -> None:
         for name in files:
             handle = os.open(os.path.join(root, name), os.O_RDONLY)
             try:
+                os.fchmod(handle, os.fstat(handle).st_mode | 0o444)  # some libraries write for their user alone
                 os.fsync(handle)
             finally:
                 os.close(handle)

@@ -79,6 +79,16 @@ def test_a_failure_between_two_renames_brings_the_old_back(
     assert sorted(p.name for p in old.parent.iterdir()) == ["new", "out"]
 
 
+def test_files_can_be_read_by_everybody(new: Path, tmp_path: Path) -> None:
+    """A file that a library wrote for its user alone must be readable once finished, and else stay as it is."""
+    (new / MARKER).chmod(0o600)
+    (new / "run.py").write_text("")
+    (new / "run.py").chmod(0o755)
+    settle(new, tmp_path / "elsewhere")
+    modes = [(tmp_path / "elsewhere" / name).stat().st_mode & 0o777 for name in (MARKER, "run.py")]
+    assert modes == [0o644, 0o755]
+
+
 def test_a_failed_exchange_leaves_the_old(old: Path, tmp_path: Path) -> None:
     """An exchange that the system refuses is an error, not a silent success, and the old content stays."""
     with pytest.raises(FileNotFoundError):
