@@ -12,6 +12,8 @@ from deploytool.bench.environment import environment
 from deploytool.cache import Prepared
 from deploytool.target import Target
 
+_NOTHING = 0.005  # shown as 0 %
+
 
 def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[str]:
     """The sentences for one artifact, but for those of its timing."""
@@ -31,7 +33,27 @@ def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[
     if coded and target.backend != "eager" and not artifact.settings.get("encoded"):
         findings.append(f"the model's {coded} quantized weights are stored in this target's own form, not as their "
                         "codes, which ort-int4 and ort-weight-int8 keep")  # fmt: skip
+    findings += _of_what_ran(target, artifact)
+    if "note" in artifact.settings:
+        findings.append(str(artifact.settings["note"]))
     return findings + saturation.told(artifact.settings, environment()["cpu_flags"])
+
+
+def _of_what_ran(target: Target, artifact: Artifact) -> list[str]:
+    """That a precision below fp32 was asked for and nothing computes in it; weights alone need not."""
+    ran = artifact.settings.get("ran") or {}
+    if artifact.precision == "fp32" or artifact.settings.get("weights_only") or "nodes_by_precision" not in ran:
+        return []
+    by = "compute" if ran["compute_by_precision"] else "nodes"
+    shares = ran[f"{by}_by_precision"]
+    own = sum(share for name, share in shares.items() if name not in ("fp32", "fp64", "other"))
+    if own >= _NOTHING:
+        return []
+    of = "the computing" if by == "compute" else "the nodes"
+    uncounted = f", not counted: {', '.join(ran['uncounted'])}" if ran["uncounted"] else ""
+    plain = f"; {target.plain} computes the same without the loss" if target.plain else ""
+    return [f"{artifact.precision} was asked for, and {own:.1%} of {of} runs in less than fp32 (by {ran['source']}"
+            f"{uncounted}){plain}"]  # fmt: skip
 
 
 def _of_fast_path(differs: Mapping[str, Any]) -> str:
