@@ -145,8 +145,8 @@ class Backend:
     def check(self, target: Target, path: Path | None = None) -> None:
         """Raise UsageProblem unless the profile fits this backend; `path` is its file, for line numbers."""
         text, where = path.read_text(encoding="utf-8") if path else "", str(path or f"target {target.name!r}")
-        settings.check_table(dict(target.build), self.table, text=text, where=where, prefix=("build",))
-        check_used(target, text=text, where=where)
+        options = settings.check_table(dict(target.build), self.table, text=text, where=where, prefix=("build",))
+        check_used(target, options, text=text, where=where)
         self.devices(target)
 
     def build(self, request: Request) -> Built:
@@ -215,12 +215,11 @@ def load_checked_target(name: str) -> Target:
     backend = settings.collect(problems, lambda: find_backend(str(data["backend"]))) if "backend" in data else None
     build = data.get("build", {})
     if backend is not None and isinstance(build, dict):
-        table = backend.table
-        settings.collect(problems, lambda: settings.check_table(build, table, text=text, where=str(path),
-                                                                prefix=("build",)))  # fmt: skip
-    if target is not None and backend is not None and isinstance(build, dict):
-        profile = target
-        settings.collect(problems, lambda: check_used(profile, text=text, where=str(path)))
+        table, profile = backend.table, target
+        options = settings.collect(problems, lambda: settings.check_table(build, table, text=text, where=str(path),
+                                                                          prefix=("build",)))  # fmt: skip
+        if profile is not None and options is not None:
+            settings.collect(problems, lambda: check_used(profile, options, text=text, where=str(path)))
     if problems or target is None:
         raise settings.complain(str(path), problems)
     if backend is not None:

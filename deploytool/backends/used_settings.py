@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from deploytool import settings
-from deploytool.settings import line_of
+from deploytool.settings import Table, line_of
 from deploytool.target import Target
 
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
@@ -102,16 +102,18 @@ def does_something(target: Target, key: str) -> bool:
     return ways is None or _WAYS.get(target.backend, _whole)(target.precision, target.build) in ways
 
 
-def check_used(target: Target, *, text: str = "", where: str) -> None:
+def check_used(target: Target, options: Table, *, text: str = "", where: str) -> None:
     """UsageProblem DT202 for a precision that the backend lacks, and for every setting that would do nothing.
 
-    `text` is that of the profile's file, for line numbers.
+    `options` is the profile's `[build]`: what has its default there asks for nothing. `text` is that of the profile's
+    file, for line numbers.
     """
     problems = [*_precision(target, text)]
     if not problems:
         way = _WAYS.get(target.backend, _whole)(target.precision, target.build)
-        for key in target.build:
-            if not does_something(target, key):
+        for key, field in type(options).model_fields.items():
+            asked = getattr(options, key) != field.get_default(call_default_factory=True)
+            if asked and not does_something(target, key):
                 ways = _USED[target.backend][key]
                 problems.append((line_of(text, ("build", key)), f"'build.{key}' does nothing in {way}: take it out (it "
                                  f"is of {', '.join(ways)})"))  # fmt: skip

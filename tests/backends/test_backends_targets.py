@@ -142,6 +142,7 @@ def test_what_does_something_is_taken(tmp_path: Path) -> None:
         ("onnxruntime", "int8", "scheme = 'static'\ncalibration = 'entropy'\nwithout = ['ConvAddFusion']"),
         ("fbgemm", "int8", "embeddings = true\ncalibration = 'min-max'"),
         ("tensorrt", "int8", "rest = 'fp16'\nfp32_ops = ['Softmax']"),
+        ("fbgemm", "int8", "scheme = 'static'\nrecurrent = true\nsamples = 4"),  # their defaults ask for nothing
     ):
         path.write_text(f'name = "mine"\ndescription = "x"\nbackend = "{backend}"\nprecision = "{precision}"\n'
                         f"[parity]\ncosine_min = 0.9\n[build]\n{build}\n")  # fmt: skip
