@@ -32,6 +32,10 @@ _METHODS: dict[str, dict[str, bool]] = {
     "awq": {"awq": True, "scale_estimation": True},
     "gptq": {"gptq": True},
 }
+# What NNCF's AWQ looks for before a product, itself or times another tensor; a GELU is not among them.
+_ACTIVATIONS = ("Relu", "Clamp", "Elu", "PRelu", "Sigmoid", "HSigmoid", "HardSigmoid", "Swish", "HSwish", "Selu")
+_NO_AWQ = ("AWQ had nothing to do, the weights are those of scale estimation: no product of 4-bit weights comes right "
+           "after a ReLU, SiLU or sigmoid, or after a product that one of those or another tensor scales")  # fmt: skip
 
 
 def compress_weights(
@@ -61,10 +65,36 @@ def compress_weights(
     if group is not None:
         compressed.set_rt_info(str(group), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     done: dict[str, Any] = {"weights_only": True, "weight_elements": bits, "activation_group": group}
+    if precision == "int4" and options.method == "awq":
+        done |= {"awq_products": (count := awq_products(compressed))} | ({} if count else {"note": _NO_AWQ})
     if precision == "int4":
         done |= {"method": options.method, "group_size": options.group_size, "int4_share": options.int4_share,
                  "calibration_feeds": settings["subset_size"], "turned_weights": turned}  # fmt: skip
     return compressed, done
+
+
+def awq_products(compressed: ov.Model) -> int:
+    """How many products of 4-bit weights are where AWQ moves outliers from activations to weights."""
+    return sum(_is_scaled(op.input_value(0).get_node()) for op in compressed.get_ops()
+               if op.get_type_name() == "MatMul" and _has_few_bits(op))  # fmt: skip
+
+
+def _is_scaled(before: ov.Node) -> bool:
+    if before.get_type_name() != "Multiply":
+        return before.get_type_name() in _ACTIVATIONS
+    kinds = [value.get_node().get_type_name() for value in before.input_values()]
+    return any(kind in (*_ACTIVATIONS, "MatMul") for kind in kinds)
+
+
+def _has_few_bits(product: ov.Node) -> bool:
+    """Whether the right side is made of constants alone, 4-bit codes among them."""
+    waiting = [product.input_value(1).get_node()] if _has_weight(product) else []
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == "Constant" and node.get_output_element_type(0).get_type_name() in ("u4", "i4"):
+            return True
+        waiting += [value.get_node() for value in node.input_values()]
+    return False
 
 
 def widest_group(model: ov.Model) -> int | None:

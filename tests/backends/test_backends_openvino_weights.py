@@ -29,6 +29,22 @@ def test_four_bits_agree_by_every_method(workshop: Workshop, method: str) -> Non
             assert all(cosine(got, reference[name]) > 0.95 for name, got in runner.run(feeds).items())
 
 
+def test_awq_tells_what_it_did(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products that AWQ scaled are counted as NNCF chooses them; where there are none, it is said."""
+    pytest.importorskip("transformers")
+    from nncf.quantization.algorithms.weight_compression.awq import AWQ
+
+    chosen: list[int] = []
+    real = AWQ._get_awq_data
+    monkeypatch.setattr(AWQ, "_get_awq_data", lambda *a: [found := real(*a), chosen.append(len(found))][0])
+    told = []
+    for name in ("decoder", "attention"):
+        request = workshop.request(name, load_checked_target("openvino-int4"), method="awq", group_size=16)
+        told.append(build_artifact(request, {}).settings)
+    assert [settings["awq_products"] for settings in told] == chosen and chosen[0] > 0 == chosen[1]
+    assert "note" not in told[0] and "nothing to do" in told[1]["note"]
+
+
 def test_eight_bits_are_closer_than_four(workshop: Workshop) -> None:
     """8-bit weights must be stored in 8 bits, be smaller than fp32 and closer to the model than 4-bit ones."""
     feeds = workshop.feeds("attention")[0]
