@@ -21,7 +21,7 @@ from deploytool.artifact import Artifact  # noqa: E402
 from deploytool.backends import openvino_generate, tables  # noqa: E402
 from deploytool.backends.base import Built, Request, portable_of  # noqa: E402
 from deploytool.backends.engine import EngineRunner, threads_of  # noqa: E402
-from deploytool.backends.openvino_generate import BEAMS, KeptCache  # noqa: E402
+from deploytool.backends.openvino_generate import BEAMS, KeptCache, engine_config  # noqa: E402
 from deploytool.backends.openvino_states import cache_pairs, keep_cache  # noqa: E402
 from deploytool.backends.shipped_runner import ship  # noqa: E402
 from deploytool.decoding import TOKENS  # noqa: E402
@@ -61,9 +61,10 @@ class OpenVino:
         return _finished(model, settings, request, options)
 
     def open(self, artifact: Artifact) -> Runner:
-        """Compile the IR for the CPU, for the latency of single requests."""
+        """Compile the IR for the CPU, for what its setting `hint` says."""
+        hint = str(artifact.settings.get("hint", "latency"))
         try:
-            compiled = compile_ir(ov.Core().read_model(artifact.main_file), threads_of(artifact))
+            compiled = compile_ir(ov.Core().read_model(artifact.main_file), threads_of(artifact), hint)
         except RuntimeError as error:
             raise BackendFailed("DT504", f"OpenVINO must compile {artifact.entry} (got: {error})"[:2000]) from error
         kept = bool(artifact.settings.get("stateful"))
@@ -72,7 +73,7 @@ class OpenVino:
 
 def _finished(model: ov.Model, settings: dict[str, Any], request: Request, options: tables.OpenVinoBuild) -> Built:
     """Keep the cache of a language model in the engine and save the model."""
-    settings = settings | keep_cache(model, request.signature, options.stateful)
+    settings = settings | {"hint": options.hint} | keep_cache(model, request.signature, options.stateful)
     ov.save_model(model, request.out / ENTRY, compress_to_fp16=False)
     if settings.get("stateful") and (request.out / "tokenizer.json").is_file():
         ship(Path(openvino_generate.__file__), request.out)
@@ -95,15 +96,9 @@ def _imported(path: Path) -> ov.Model:
         raise InputRefused("DT310", f"OpenVINO must be able to import the graph (got: {error})"[:2000]) from error
 
 
-def compile_ir(model: ov.Model, threads: int) -> ov.CompiledModel:
+def compile_ir(model: ov.Model, threads: int, hint: str = "latency") -> ov.CompiledModel:
     """A model compiled for the CPU in the precision that it is written in; raises RuntimeError."""
-    config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # CPUs with bf16 would compute in it otherwise
-        "KV_CACHE_PRECISION": "f32",  # caches are rounded to 8 bits otherwise
-    }
-    return ov.Core().compile_model(model, "CPU", config)
+    return ov.Core().compile_model(model, "CPU", engine_config({"threads": threads, "hint": hint}))
 
 
 class CompiledRunner(EngineRunner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,21 @@ class KeptCache:
         return scores
 
 
+def engine_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model is compiled, as the settings of its artifact say: in the precision that it is written in.
+
+    deploytool compiles with this too. A bundle's self-test, which is one file, repeats it.
+    """
+    return {
+        "PERFORMANCE_HINT": str(settings.get("hint", "latency")).upper(),
+        "INFERENCE_NUM_THREADS": int(settings.get("threads", 0)),
+        "INFERENCE_PRECISION_HINT": "f32",  # CPUs with bf16 would compute in it otherwise
+        "KV_CACHE_PRECISION": "f32",  # caches are rounded to 8 bits otherwise
+    }
+
+
 def open_decoder(folder: Path, capacity: int) -> KeptCache:
     """The decoder of the artifact in `folder`, with its own settings."""
-    settings = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))["settings"]
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32",
-              "INFERENCE_NUM_THREADS": int(settings.get("threads", 0))}  # fmt: skip
-    return KeptCache(ov.Core().compile_model(str(folder / "model.xml"), "CPU", config), capacity)
+    artifact = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
+    config = engine_config(artifact["settings"])
+    return KeptCache(ov.Core().compile_model(str(folder / artifact["entry"]), "CPU", config), capacity)

@@ -168,8 +168,10 @@ class OnnxRuntimeBuild(KeepFp32):
 
 
 class OpenVinoBuild(KeepFp32):
-    """`stateful` holds for every precision, the rest for int8 and int4 only.
+    """`stateful` and `hint` hold for every precision, the rest for int8 and int4 only.
 
+    hint                  "latency": all threads work on one request; "throughput": they are divided, for a server that
+                          has several requests under way, of which each takes longer
     stateful              a language model's cache is kept in the engine while it decodes; left out: where it has one
     weights_only          weights in int8 (or int4, which is always so), activations as `activation_group` says
     activation_group      numbers of a row of activations that the engine rounds to 8 bits together, with a scale that
@@ -188,6 +190,7 @@ class OpenVinoBuild(KeepFp32):
                           go back to fp32, those that cost most first, until it is kept
     """
 
+    hint: Literal["latency", "throughput"] = "latency"
     stateful: bool | None = None
     weights_only: bool = False
     activation_group: Annotated[int, Field(ge=0, le=65536)] | Literal["widest"] | None = None

@@ -213,7 +213,7 @@ def open_engine(variant: Json, path: str) -> Engine:
     if kind == "onnx":
         return open_onnx(path, outputs, threads, onnx_settings(variant))
     if kind == "openvino":
-        return open_openvino(path, inputs, outputs, threads)
+        return open_openvino(path, inputs, outputs, threads, str(variant["settings"].get("hint", "latency")))
     if kind in ("torchscript", "pt2"):
         return open_torch(path, inputs, outputs, threads, bool(variant["settings"].get("optimize", False)))
     if kind == "executorch":
@@ -268,10 +268,10 @@ def open_onnx(path: str, outputs: list[str], threads: int, settings: Json) -> En
     return run
 
 
-def open_openvino(path: str, inputs: list[str], outputs: list[str], threads: int) -> Engine:
+def open_openvino(path: str, inputs: list[str], outputs: list[str], threads: int, hint: str = "latency") -> Engine:
     ov = runtime("openvino")
     # Processors with bf16 units would compute in bf16 unless told otherwise.
-    settings: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
+    settings: dict[str, object] = {"PERFORMANCE_HINT": hint.upper(), "INFERENCE_PRECISION_HINT": "f32",
                                    "KV_CACHE_PRECISION": "f32"}  # fmt: skip
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
