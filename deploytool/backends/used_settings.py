@@ -114,7 +114,8 @@ def check_used(target: Target, options: Table, *, text: str = "", where: str) ->
         for key, field in type(options).model_fields.items():
             asked = getattr(options, key) != field.get_default(call_default_factory=True)
             if asked and not does_something(target, key):
-                ways = _USED[target.backend][key]
+                ways = [one for one in _USED[target.backend][key]
+                        if one == (whole := one.partition(" with ")[0]) or whole not in _USED[target.backend][key]]
                 problems.append((line_of(text, ("build", key)), f"'build.{key}' does nothing in {way}: take it out (it "
                                  f"is of {', '.join(ways)})"))  # fmt: skip
     if not target.runtime.spinning and target.backend != "onnxruntime":

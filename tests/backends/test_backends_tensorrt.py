@@ -253,7 +253,8 @@ def test_a_precision_that_a_gpu_lacks_is_refused_early(
 def test_what_is_not_refused_is_built(workshop: Workshop, precision: str, rest: str, capability: str) -> None:
     """What each GPU takes must be the compiler's own: what is let through builds, what is refused does not."""
     target = _for(load_checked_target("trt"), capability, precision=precision)
-    build = {"rest": rest, "keep_fp32": 0, "calibration": "min-max"} if rest else {}
+    build = {"rest": rest, "keep_fp32": 0} if rest else {}
+    build |= {"calibration": "min-max"} if precision in ("int8", "fp8") else {}
     request = workshop.request("mlp", target, **build)
     try:
         check_devices(request.target)
