@@ -32,6 +32,7 @@ from deploytool.signature import Feeds, Signature  # noqa: E402
 ENTRY = "model.xml"
 GRAPH = "model.onnx"
 _NOTHING: Mapping[str, str] = {}
+_UNSAVED = "extension"  # the operator set of what only the importer knows
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,22 @@ def _learned(request: Request) -> tuple[ov.Model, dict[str, Any]]:
 
 def _imported(path: Path) -> ov.Model:
     try:
-        return ov.Core().read_model(path)
+        model = ov.Core().read_model(path)
     except RuntimeError as error:
         raise InputRefused("DT310", f"OpenVINO must be able to import the graph (got: {error})"[:2000]) from error
+    _refuse_unsaved(model)
+    return model
+
+
+def _refuse_unsaved(model: ov.Model) -> None:
+    """Operators that OpenVINO imports from ONNX Runtime's graphs, but cannot read again from its own format."""
+    found = [(op.get_friendly_name(), op.get_type_info()) for op in model.get_ops()]
+    foreign = [f"{kind.name}: node {name!r}" for name, kind in found if kind.version_id == _UNSAVED]
+    if foreign:
+        raise InputRefused("DT310", "the graph must hold operators that OpenVINO's format has "
+                           f"(got {', '.join(sorted({line.partition(':')[0] for line in foreign}))})",
+                           detail=foreign[:10], fix="give the graph from before ONNX Runtime fused it, or choose "
+                           "targets of ONNX Runtime")  # fmt: skip
 
 
 def compile_ir(model: ov.Model, threads: int, hint: str = "latency") -> ov.CompiledModel:

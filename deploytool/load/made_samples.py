@@ -6,12 +6,14 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import GraphProto, NodeProto
 
+from deploytool.decoding import PAST, TOKENS
 from deploytool.errors import InputRefused
-from deploytool.signature import Outputs, Signature, TensorSpec
+from deploytool.signature import Dim, Outputs, Signature, TensorSpec
 
 Sizes = dict[str, int]
 Objection = Callable[[Outputs], str]
@@ -21,6 +23,7 @@ _COUNT = 8
 _BASES = (16, 64, 256, 1024, 4096, 16384)  # an encoder takes the first, a small image the second, sound the last
 _IMAGE_RANK = 4
 _TIMES = (1, 2, 3)
+_TURNS = ((1, 16), (9, 16), (4, 32), (16, 7))  # tokens, and those in the cache before them
 _KEEP_VALUES = frozenset({"Cast", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze",
                           "Transpose", "Unsqueeze"})  # fmt: skip
 _LOOK_UP = frozenset({"Gather", "GatherElements", "GatherND"})
@@ -34,8 +37,10 @@ def made_samples(graph: GraphProto, inputs: Sequence[TensorSpec], objection: Obj
     bounds = {spec.name: index_bound(graph, spec.name) for spec in inputs}
     free = Signature(tuple(inputs), ()).free
     said = ""
-    for plan in _plans(inputs, free):
-        samples = [_feeds(inputs, sizes, bounds, seed) for seed, sizes in enumerate(plan)]
+    turn = _Turn.of(inputs)
+    for plan in turn.plans() if turn else _plans(inputs, free):
+        samples = [_feeds(inputs, sizes, bounds, seed) | (turn.places(inputs, sizes) if turn else {})
+                   for seed, sizes in enumerate(plan)]  # fmt: skip
         problems = (objection(feeds) for feeds in samples)
         refused = next((problem for problem in problems if problem), "")
         if not refused:
@@ -66,6 +71,47 @@ def index_bound(graph: GraphProto, name: str) -> int | None:
                 seen.add(node.output[0])
                 ahead.append(node.output[0])
     return min(found, default=None)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The free dimensions of a language model with a cache, by what they count.
+
+    Attention with a cache believes what it is told: where tokens, mask and cache contradict one another it does not
+    object as a plain operator would, but reads and writes beyond its memory.
+    """
+
+    batch: Dim
+    tokens: Dim
+    past: Dim
+    total: Dim
+
+    @staticmethod
+    def of(inputs: Sequence[TensorSpec]) -> _Turn | None:
+        """Those of `inputs`; None for what is no such model."""
+        shapes = {spec.name: spec.shape for spec in inputs}
+        past = next((shape for name, shape in shapes.items() if name.startswith(PAST)), ())
+        tokens, mask = shapes.get(TOKENS, ()), shapes.get("attention_mask", ())
+        if (len(past), len(tokens), len(mask)) != (4, 2, 2) or not isinstance(past[2], str):
+            return None
+        return _Turn(tokens[0], tokens[1], past[2], mask[1])
+
+    def plans(self) -> Iterator[list[Sizes]]:
+        """Decoding steps and prompts after a cache, at first in batches of several, then of one."""
+        for batches in (_TIMES, (1,)):
+            yield [self._sizes(batches[number % len(batches)], *_TURNS[number % len(_TURNS)])
+                   for number in range(_COUNT)]  # fmt: skip
+
+    def _sizes(self, batch: int, tokens: int, past: int) -> Sizes:
+        counts = ((self.batch, batch), (self.tokens, tokens), (self.past, past), (self.total, past + tokens))
+        return {dim: size for dim, size in counts if isinstance(dim, str)}
+
+    def places(self, inputs: Sequence[TensorSpec], sizes: Sizes) -> Outputs:
+        """A mask that hides nothing, and positions that follow the cache."""
+        past, tokens = sizes[str(self.past)], sizes.get(str(self.tokens), 1)
+        rows = np.ones((sizes.get(str(self.batch), 1), 1), np.int64)
+        made = {"attention_mask": np.tile(rows, past + tokens), "position_ids": rows * np.arange(past, past + tokens)}
+        return {spec.name: made[spec.name].astype(spec.dtype) for spec in inputs if spec.name in made}
 
 
 def _plans(inputs: Sequence[TensorSpec], free: Sequence[str]) -> Iterator[list[Sizes]]:

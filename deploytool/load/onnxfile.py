@@ -89,12 +89,24 @@ def read_onnx(path: Path) -> tuple[ModelProto, set[Path]]:
         raise _refused(path, "it holds no graph with nodes, outputs and an operator set", [describe(path)])
     external = _external_files(path, model)
     _refuse_custom(path, model)
+    _check(path)
+    _refuse_nan(path, model)
+    return model, external
+
+
+def _check(path: Path) -> None:
+    """Refuse what neither ONNX's checker nor ONNX Runtime takes.
+
+    The checker alone does not decide: graphs that ONNX Runtime has optimized and saved hold its own operators, some of
+    them under the standard's domain or before the operator set that brings them.
+    """
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # ValidationError, or whatever the C++ side raises
-        raise _refused(path, f"got: {str(error).strip()[:500]}") from error
-    _refuse_nan(path, model)
-    return model, external
+        try:
+            _plain_session(path)
+        except InputRefused as also:
+            raise _refused(path, f"got: {str(error).strip()[:500]}", [also.message]) from error
 
 
 def _refused(path: Path, why: str, detail: Iterable[str] = ()) -> InputRefused:

@@ -20,14 +20,14 @@ import tokenizers
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact
-from deploytool.backends.openvino import StatefulRunner, compile_ir
+from deploytool.backends.openvino import StatefulRunner, _imported, compile_ir
 from deploytool.backends.openvino_attention import fuse_attention
 from deploytool.backends.openvino_cut import OpenVinoGraph
 from deploytool.backends.openvino_generate import KeptCache
 from deploytool.backends.openvino_states import BEAMS, cache_pairs, keep_cache, without_states
 from deploytool.bundle.selftest import open_openvino
 from deploytool.decoding import Loop, decoder_of, greedy_tokens
-from deploytool.errors import BackendFailed, UsageProblem
+from deploytool.errors import BackendFailed, InputRefused, UsageProblem
 from deploytool.runner import Runner
 from deploytool.signature import Outputs, Signature
 
@@ -248,3 +248,11 @@ except SystemExit:
     assert said == ["w3", "w4", "w5", *(f"w{token}" for token in expected)] and json.loads(modules) == []
     assert "tokens/s" in done.stderr
     assert {entry.path for entry in artifact.files} >= {"generate.py", "decoder.py", "model.xml"}
+
+
+def test_what_the_format_cannot_hold_is_refused(workshop: Workshop) -> None:
+    """A graph with ONNX Runtime's own attention must be refused by its nodes while it is built, not once opened."""
+    graph = workshop.artifact("decoder", "ort").main_file
+    with pytest.raises(InputRefused, match="OpenVINO's format has") as caught:
+        _imported(graph)
+    assert caught.value.code == "DT310" and "GroupQueryAttention: node" in caught.value.detail[0]

@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 torch = pytest.importorskip("torch")
 
 import onnx  # noqa: E402
+import onnx.parser  # noqa: E402
 import tiny_onnx  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
 from deploytool.errors import DeployError, InputRefused, UsageProblem  # noqa: E402
 from deploytool.load.describe import describe_job  # noqa: E402
-from deploytool.load.made_samples import index_bound  # noqa: E402
+from deploytool.load.made_samples import index_bound, made_samples  # noqa: E402
 from deploytool.load.model import open_source  # noqa: E402
 from deploytool.load.resolve import resolve  # noqa: E402
+from deploytool.signature import Outputs, TensorSpec  # noqa: E402
 from deploytool.source import ModelRef, Source  # noqa: E402
 
 
@@ -197,3 +199,66 @@ def test_a_graph_that_runs_at_no_size_asks_for_samples(tmp_path: Path) -> None:
 def test_old_references_still_read() -> None:
     """What artifacts recorded before models could have samples must still name a model."""
     assert ModelRef(kind="python", name="m", path="/m.py").samples is None
+
+
+NORM = """
+<ir_version: 8, opset_import: ["" : 14]>
+norm (float[batch, 6] x) => (float[batch, 6] y)
+<float[6] weight = {1, 2, 3, 4, 5, 6}, float[6] bias = {0, 1, 0, 1, 0, 1}, float two = {2}, float small = {0.00001}>
+{
+    mean = ReduceMean <axes = [-1]> (x)
+    centred = Sub (x, mean)
+    squared = Pow (centred, two)
+    variance = ReduceMean <axes = [-1]> (squared)
+    safe = Add (variance, small)
+    deviation = Sqrt (safe)
+    scaled = Div (centred, deviation)
+    weighted = Mul (scaled, weight)
+    y = Add (weighted, bias)
+}
+"""
+
+
+def test_what_onnx_runtime_saved_is_taken(tmp_path: Path) -> None:
+    """A graph that ONNX Runtime fused and saved, which ONNX's checker does not know, must be a model like others."""
+    path = tmp_path / "fused.onnx"
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path), 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    plain = onnxruntime.InferenceSession(onnx.parser.parse_model(NORM).SerializeToString(), options)
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["LayerNormalization"]
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(str(path))
+    source = opened(path)
+    for sample in source.samples():
+        (expected,) = plain.run(None, {"x": sample["x"].numpy()})
+        torch.testing.assert_close(source.flat(sample["x"])[0], torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_what_neither_knows_is_refused(tmp_path: Path) -> None:
+    """An operator that ONNX's checker and ONNX Runtime do not have must be refused, with the words of both."""
+    model = onnx.parser.parse_model(NORM)
+    model.graph.node[5].op_type = "Mystery"
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(model.SerializeToString())
+    error = refused(path)
+    assert error.code == "DT307" and "Mystery" in error.message and "ONNX Runtime must open" in error.detail[0]
+
+
+@pytest.mark.parametrize("batches", [3, 1])
+def test_a_decoders_sizes_are_never_at_odds(batches: int) -> None:
+    """Mask and positions must fit the tokens and the cache in whatever is tried; in batches where the graph runs so."""
+    shapes = {"input_ids": ("batch", "new"), "attention_mask": ("batch", "all"), "position_ids": ("batch", "new"),
+              "past_key_values.0.key": ("batch", 2, "old", 4)}  # fmt: skip
+    inputs = [TensorSpec(name, "float32" if "past" in name else "int64", shape) for name, shape in shapes.items()]
+
+    def objection(feeds: Outputs) -> str:
+        (rows, new), old = feeds["input_ids"].shape, feeds["past_key_values.0.key"].shape[2]
+        assert feeds["attention_mask"].shape == (rows, old + new) and feeds["attention_mask"].all()
+        assert (feeds["position_ids"] == np.arange(old, old + new)).all() and len(feeds["position_ids"]) == rows
+        return "too many rows" if rows > batches else ""
+
+    samples = made_samples(onnx.GraphProto(), inputs, objection)
+    assert max(len(sample["input_ids"]) for sample in samples) == batches
+    assert len({sample["input_ids"].shape[1] for sample in samples}) >= 3
+    assert len({sample["past_key_values.0.key"].shape[2] for sample in samples}) >= 3
