@@ -130,9 +130,9 @@ def check_used(target: Target, options: Table, *, text: str = "", where: str) ->
 
 
 def _precision(target: Target, text: str) -> list[tuple[int, str]]:
-    *others, last = PRECISIONS[target.backend]
-    if target.precision in (*others, last):
+    if target.precision in (known := PRECISIONS.get(target.backend, (target.precision,))):
         return []
-    known = f"{', '.join(others)} or {last}" if others else last
-    return [(line_of(text, ("precision",)), f"'precision' must be {known} for the backend {target.backend} "
+    *others, last = known
+    words = f"{', '.join(others)} or {last}" if others else last
+    return [(line_of(text, ("precision",)), f"'precision' must be {words} for the backend {target.backend} "
              f"(got {target.precision!r})")]  # fmt: skip
