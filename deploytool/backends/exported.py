@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from deploytool.errors import InputRefused
 from deploytool.load.flat import no_fast_path
 from deploytool.load.input_grid import InputGrid
+from deploytool.lower.export_failure import DATA_DEPENDENT, depends_on_data, reason
 from deploytool.signature import Signature
 
 
@@ -35,11 +36,11 @@ def export_module(
         with torch.no_grad(), no_fast_path(), quiet(), _grids_in_pairs(module):
             return torch.export.export(module, arguments, dynamic_shapes=(free,) if together else free, strict=False)
     except Exception as error:  # what export raises has no common base, and the module's own code runs in it
-        raise InputRefused("DT310", "torch.export must take the model with its free dimensions "
-                                    f"(got {type(error).__name__}: {error})"[:2000],
+        other = ("choose torchscript, or a target that lowers to ONNX; recurrent layers over a free number of steps "
+                 "cannot be exported")  # fmt: skip
+        raise InputRefused("DT310", f"torch.export must take the model with its free dimensions (got {reason(error)})",
                            detail=_fixed(str(error), signature),
-                           fix="choose torchscript, or a target that lowers to ONNX; recurrent layers over a free "
-                               "number of steps cannot be exported") from error  # fmt: skip
+                           fix=DATA_DEPENDENT if depends_on_data(error) else other) from error  # fmt: skip
 
 
 def _fixed(said: str, signature: Signature) -> list[str]:

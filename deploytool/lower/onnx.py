@@ -21,6 +21,7 @@ from deploytool.load.infer import refuse_non_finite
 from deploytool.load.input_grid import InputGrid
 from deploytool.load.memory import give_back
 from deploytool.load.plain_attention import fused_names, unfuse
+from deploytool.lower.export_failure import DATA_DEPENDENT, depends_on_data, reason
 from deploytool.lower.onnx_tidy import fold, tidy
 from deploytool.lower.onnx_trace import trace
 from deploytool.lower.onnx_write import ENTRY, save
@@ -121,20 +122,21 @@ def _export(source: Source, example: tuple[Tensor, ...], exporter: Exporter) -> 
     routes = {"torchscript": _by_trace, "dynamo": _by_dynamo}
     chosen = list(routes) if exporter == "auto" else [exporter]
     failures: list[str] = []
+    fix = ("rewrite the named operation in forward() with tensor operations, or choose a target that takes the live "
+           "module (`deploytool targets list`)")  # fmt: skip
     for name in chosen:
         try:
             with _unfused(source.flat):
                 model = routes[name](source, example)
         except Exception as error:  # torch's exporters raise every kind of exception for what they do not know
-            failures.append(f"{name}: {_last_line(error)}")
+            failures.append(f"{name}: {reason(error)}")
+            fix = DATA_DEPENDENT if depends_on_data(error) else fix
             continue
         why = f"after {failures[0]}" if failures else "first choice" if exporter == "auto" else "asked for"
         return model, {"exporter": name, "why": why, "opset": OPSET}
     raise InputRefused(
         "DT305", f"the model must be exportable to ONNX by torch (got a failure from {' and '.join(chosen)})",
-        detail=failures,
-        fix="rewrite the named operation in forward() with tensor operations, or choose a target that takes the live "
-        "module (`deploytool targets list`)",
+        detail=failures, fix=fix,
     )  # fmt: skip
 
 
@@ -195,8 +197,3 @@ def _declare_one(spec: TensorSpec, value: ir.Value) -> None:
         raise ValueError(f"{spec.name!r} must be {spec.dtype} (got {value.dtype})")
     value.type = ir.TensorType(dtype)
     value.shape = ir.Shape(spec.shape)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]

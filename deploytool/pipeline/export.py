@@ -237,6 +237,9 @@ def prepared_and_checked(
             return prepared_and_checked(ref, options, needs_graph, say, own)
     exporters = ["torchscript", "dynamo"] if options.exporter == "auto" and ref.has_module else [options.exporter]
     wrong: list[str] = []
+    why = ""
+    fix = ("look for sizes and values that forward() turns into Python numbers; or choose targets that take the module "
+           "itself (torchscript)")  # fmt: skip
     for exporter in exporters:
         try:
             prepared, found = _lowered(ref, exporter, options, ahead)
@@ -244,6 +247,7 @@ def prepared_and_checked(
             if error.code != "DT305" or len(exporters) == 1:
                 raise
             wrong += error.detail
+            fix, why = error.fix or fix, f" (got {error.detail[-1]})" if error.detail else ""
             continue
         if not found:
             notes = (f"the graph was made by {exporter}, since the other was wrong: {wrong[0]}",) if wrong else ()
@@ -251,9 +255,8 @@ def prepared_and_checked(
                 say(note)
             return replace(prepared, notes=notes)
         wrong += [f"{exporter}: {sentence}" for sentence in found[:5]]
-    raise InputRefused("DT305", "the ONNX graph must compute what the model does at every shape of the samples",
-                       detail=wrong[:10], fix="look for sizes and values that forward() turns into Python "
-                       "numbers; or choose targets that take the module itself (torchscript)")  # fmt: skip
+    raise InputRefused("DT305", f"the ONNX graph must compute what the model does at every shape of the samples{why}",
+                       detail=wrong[:10], fix=fix)  # fmt: skip
 
 
 def _lowered(ref: ModelRef, exporter: str, options: Options, ahead: Ahead) -> tuple[Prepared, list[str]]:
