@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib.util
+import json
 import math
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,9 +67,11 @@ def _tokenizer() -> Any:
 
 
 def assets() -> dict[str, str]:
-    """The tokenizer, for those who run the artifact: the tokenizers library reads it."""
+    """For those who run the artifact: the tokenizer, which the tokenizers library reads, and what ends a text."""
     text: str = _tokenizer().to_str()
-    return {"tokenizer.json": text}
+    config = _pretrained().config
+    ends = {"eos_token_id": config.eos_token_id, "max_position_embeddings": config.max_position_embeddings}
+    return {"tokenizer.json": text, "generation_config.json": json.dumps(ends)}
 
 
 def _tokenize(text: str) -> list[int]:
