@@ -26,6 +26,8 @@ CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
         "keep_fp32": (0,),
         "reduce_range": (False,),
         "op_types": (("MatMul", "LSTM", "Attention", "Gather"),),
+        "group": (64, 128),
+        "activations": ("fp32",),
     },
     ("onnxruntime", "int4"): {"group": (32, 128), "activations": ("fp32",), "int8_share": (0.2,)},
     ("openvino", "int4"): {"group_size": (32, 128), "int4_share": (0.8,)},

@@ -43,7 +43,9 @@ def test_settings_that_do_nothing_are_not_offered(monkeypatch: pytest.MonkeyPatc
     names = ("ort-int8", "ort-weight-int8", "ort-int4", "openvino-int8", "openvino-weight-int8")
     offered = {name: {key for key, _ in build_choices(load_target(name), "latency")} for name in names}
     assert "build.reduce_range" in offered["ort-int8"] and "build.reduce_range" not in offered["ort-weight-int8"]
-    assert {"build.group", "build.activations"} <= offered["ort-int4"]
+    for name in ("ort-int4", "ort-weight-int8"):
+        assert {"build.group", "build.activations"} <= offered[name]
+    assert not {"build.group", "build.activations"} & offered["ort-int8"]
     assert "build.scheme" in offered["openvino-int8"] and "build.scheme" not in offered["openvino-weight-int8"]
 
 
