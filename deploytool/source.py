@@ -40,6 +40,15 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class Hooks:
+    """What can be asked of a model without building it."""
+
+    evaluate: Callable[[Predict], dict[str, float]] | None = None
+    lower_is_better: tuple[str, ...] = ()
+    prompts: Callable[[], list[list[int]]] | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """A module in eval mode and what belongs to it.
 

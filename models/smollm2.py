@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 try:
     import transformers
 
     from deploytool.load.causal_lm import CausalLM, causal_inputs, causal_samples, inputs_for
+    from deploytool.load.held_out import window_losses
 except ImportError as error:
     raise ImportError(f"The smollm2 model needs the package {error.name}: pip install 'deploytool[zoo]'") from error
 
@@ -105,18 +105,9 @@ def _windows() -> Tensor:
     return torch.tensor(_tokenize(text[: WINDOWS * WINDOW * 8])[: WINDOWS * WINDOW]).view(WINDOWS, WINDOW)
 
 
-def _losses(predict: Callable[[Feeds], Mapping[str, Tensor]], windows: int) -> list[float]:
-    """The mean loss of the next token, in nats, of each of the first `windows` windows; one window per call."""
-    losses = []
-    for window in _windows()[:windows]:
-        feeds = inputs_for(_CONFIG, window[None], torch.ones(1, WINDOW, dtype=torch.int64))
-        losses.append(cross_entropy(predict(feeds)["logits"][0, :-1].float(), window[1:]).item())
-    return losses
-
-
 def perplexity(predict: Callable[[Feeds], Mapping[str, Tensor]], windows: int) -> float:
     """exp of the mean loss over the first `windows` windows."""
-    return math.exp(fmean(_losses(predict, windows)))
+    return math.exp(fmean(window_losses(predict, _windows()[:windows], _CONFIG)))
 
 
 def _docstrings() -> Iterator[str]:
@@ -143,7 +134,7 @@ def evaluate(
     predict: Callable[[Feeds], Mapping[str, Tensor]], record: Callable[[str, Sequence[float]], None] | None = None
 ) -> dict[str, float]:
     """Perplexity on 24 windows of 512 tokens; the scores of the windows are their losses in nats."""
-    losses = _losses(predict, WINDOWS)
+    losses = window_losses(predict, _windows(), _CONFIG)
     if record:
         record("perplexity", losses)
     return {"perplexity": math.exp(fmean(losses))}

@@ -17,7 +17,7 @@ from deploytool.load.hf_inputs import Inputs, NamedModel, inputs_of, kind_by_cla
 from deploytool.load.infer import Seen, infer_signature, refuse_non_finite
 from deploytool.load.optimum_task import task_by_optimum
 from deploytool.load.texts import Tokenize, tokenizer_of
-from deploytool.source import ModelRef, Source
+from deploytool.source import Hooks, ModelRef, Source
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt",
                     "tokenizer.model", "generation_config.json", "preprocessor_config.json", "config.json")  # fmt: skip
@@ -28,9 +28,7 @@ _AS = {"encoder": "a text encoder", "causal": "a causal language model", "image"
 
 def open_huggingface(ref: ModelRef) -> Source:
     """The Source of a folder with config.json, or of a hub id (cached, or fetched unless HF_HUB_OFFLINE is set)."""
-    folder = Path(ref.path) if Path(ref.path).is_dir() else _fetch(ref.path)
-    config = _read(lambda: transformers.AutoConfig.from_pretrained(folder), folder)
-    task = infer_task(config)
+    folder, config, task = _about(ref)
     model = _weights(transformers.AutoModelForCausalLM if task == "causal" else _class_of(config), folder)
     model.eval().requires_grad_(False)
     refuse_non_finite(model)
@@ -44,6 +42,7 @@ def open_huggingface(ref: ModelRef) -> Source:
         raise InputRefused("DT306", f"{type(model).__name__} must run as {_AS[task]} (got {type(error).__name__}: "
                            f"{str(error)[:300]})", fix="write a model file with samples of the inputs that it takes"
                            ) from error  # fmt: skip
+    hooks = _hooks(task, config, folder)
     assets = tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
     return Source(
         ref=ref,
@@ -52,10 +51,35 @@ def open_huggingface(ref: ModelRef) -> Source:
         signature=signature,
         samples=lambda: iter(inputs.samples),
         seen=inputs.seen,
+        evaluate=hooks.evaluate,
+        lower_is_better=hooks.lower_is_better,
+        prompts=hooks.prompts,
         assets=assets,
         synthetic=inputs.synthetic,
         dependencies=tuple(sorted(p for p in folder.iterdir() if p.is_file())),
     )
+
+
+def huggingface_hooks(ref: ModelRef) -> Hooks:
+    """How the model is measured; its weights are not read."""
+    folder, config, task = _about(ref)
+    return _hooks(task, config, folder)
+
+
+def _about(ref: ModelRef) -> tuple[Path, Any, str]:
+    """Folder, configuration and task."""
+    folder = Path(ref.path) if Path(ref.path).is_dir() else _fetch(ref.path)
+    config = _read(lambda: transformers.AutoConfig.from_pretrained(folder), folder)
+    return folder, config, infer_task(config)
+
+
+def _hooks(task: str, config: Any, folder: Path) -> Hooks:
+    if task != "causal":
+        return Hooks()
+    from deploytool.load.held_out import LOWER_IS_BETTER, held_out  # see _module
+
+    text = held_out(config, folder)
+    return Hooks() if text is None else Hooks(text.evaluate, LOWER_IS_BETTER, text.prompts)
 
 
 def _weights(kind: Any, folder: Path) -> Any:

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from deploytool.child import uncollected
 from deploytool.errors import InternalError
 from deploytool.load.modelfile import open_model_file, read_model_file
-from deploytool.source import ModelRef, Predict, Source
+from deploytool.source import Hooks, ModelRef, Source
 
 _OPENERS = {
     "huggingface": "deploytool.load.huggingface:open_huggingface",
     "compressed": "deploytool.load.compressed:open_compressed",
     "onnx": "deploytool.load.onnxfile:open_onnx",
 }
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What can be asked of a model without building it."""
-
-    evaluate: Callable[[Predict], dict[str, float]] | None = None
-    lower_is_better: tuple[str, ...] = ()
-    prompts: Callable[[], list[list[int]]] | None = None
 
 
 def open_source(ref: ModelRef) -> Source:
@@ -40,9 +29,12 @@ def open_source(ref: ModelRef) -> Source:
 
 
 def open_hooks(ref: ModelRef) -> Hooks:
-    """The model's own measures; a model file is executed for them but not built."""
+    """The model's own measures; a model file is executed for them but not built, a folder's weights are not read."""
     if ref.kind == "python":
         file = read_model_file(ref)
         return Hooks(file.hook("evaluate"), tuple(file.hook("LOWER_IS_BETTER") or ()), file.hook("prompts"))
+    if ref.kind == "huggingface":
+        found: Hooks = importlib.import_module("deploytool.load.huggingface").huggingface_hooks(ref)
+        return found
     source = open_source(ref)
     return Hooks(source.evaluate, source.lower_is_better, source.prompts)

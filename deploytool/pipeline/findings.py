@@ -10,6 +10,7 @@ from deploytool.backends import saturation
 from deploytool.backends.base import find_backend
 from deploytool.bench.environment import environment
 from deploytool.cache import Prepared
+from deploytool.decoding import decodes
 from deploytool.target import Target
 
 _NOTHING = 0.005  # shown as 0 %
@@ -27,6 +28,10 @@ def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[
                         "between two codes may fall to either, so the limits are eased (docs/parity.md)")  # fmt: skip
     if prepared.info["synthetic"]:
         findings.append("the samples are synthetic: parity on your own data is not shown")
+    if decodes(artifact.signature) and not prepared.info["has_evaluate"]:
+        findings.append("no quality was measured: the language model has no evaluate(). A Hugging Face folder with its "
+                        "tokenizer.json gets perplexity and greedy tokens on documentation; a model file with "
+                        "evaluate() and prompts() measures on your own text (docs/models.md)")  # fmt: skip
     if prepared.info["fast_path"]:
         findings.append(_of_fast_path(prepared.info["fast_path"]))
     coded = prepared.info["encodings"]["of"]
