@@ -30,7 +30,8 @@ from deploytool.backends.eager import positional
 from deploytool.backends.fbgemm_learned import has_learned, quantize_learned
 from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_static
 from deploytool.backends.linear_ranking import LinearRanking, check_names, is_inside, plain_linears
-from deploytool.backends.torchscript import ENTRY, example, open_script, save_traced
+from deploytool.backends.torchscript import ENTRY, open_script
+from deploytool.backends.torchscript_make import save_script
 from deploytool.errors import EnvironmentLacking, InputRefused
 from deploytool.load.flat import FlatModule, no_fast_path
 from deploytool.load.plain_attention import unfuse, why_fused
@@ -45,7 +46,7 @@ class Fbgemm:
     """Builds `model.pt` from a live module, which is copied and not changed."""
 
     def build(self, request: Request) -> Built:
-        """Quantize a copy, trace, freeze, save; raises InputRefused when nothing can become int8."""
+        """Quantize a copy, trace or compile, freeze, save; raises InputRefused when nothing can become int8."""
         options = tables.FbgemmBuild(**request.target.build)
         _use_engine()
         source = source_of(request)
@@ -67,8 +68,10 @@ class Fbgemm:
             raise InputRefused("DT310", "the model must hold linear or recurrent layers that can become int8 "
                                         f"(got {_kinds(module)})",
                                fix='set scheme = "static", or choose an fp32 target')  # fmt: skip
-        save_traced(module, example(request), request.out / ENTRY)
+        with _quiet():
+            made = save_script(module, request, options.method, request.out / ENTRY)
         settings: dict[str, Any] = {
+            **made,
             "scheme": "dynamic",
             "int8": done,
             "kept_fp32": [*options.exclude, *kept],
@@ -92,9 +95,11 @@ def _build_static(module: nn.Module, request: Request, options: tables.FbgemmBui
     names = request.signature.input_names
     feeds = [dict(zip(names, positional(request.signature, f), strict=True)) for f in request.calibration()]
     converted, done = quantize_static(module, feeds, options)
-    save_traced(FlatModule(converted, names, request.signature.output_names), example(request), request.out / ENTRY)
-    settings = {"scheme": "static", "calibration": options.calibration, "calibration_feeds": len(feeds), "int8": done,
-                "kept_fp32": list(options.exclude), "weight_bits": options.weight_bits}  # fmt: skip
+    flat = FlatModule(converted, names, request.signature.output_names)
+    with _quiet():
+        made = save_script(flat, request, options.method, request.out / ENTRY)
+    settings = {**made, "scheme": "static", "calibration": options.calibration, "calibration_feeds": len(feeds),
+                "int8": done, "kept_fp32": list(options.exclude), "weight_bits": options.weight_bits}  # fmt: skip
     return Built("torchscript", ENTRY, "int8", settings=settings)
 
 
@@ -103,8 +108,9 @@ def _build_learned(source: Source, request: Request, options: tables.FbgemmBuild
     excluded = tuple(name.removeprefix("module.") for name in options.exclude)
     with _quiet(), no_fast_path():
         module, settings = quantize_learned(source, excluded)
-        save_traced(FlatModule(module, names.input_names, names.output_names), example(request), request.out / ENTRY)
-    return Built("torchscript", ENTRY, "int8", settings=settings)
+        flat = FlatModule(module, names.input_names, names.output_names)
+        made = save_script(flat, request, options.method, request.out / ENTRY)
+    return Built("torchscript", ENTRY, "int8", settings={**made, **settings})
 
 
 def _use_engine() -> None:

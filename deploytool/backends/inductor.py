@@ -29,7 +29,7 @@ from deploytool.backends.engine import EngineRunner, threads_of
 from deploytool.backends.exported import export_module, quiet
 from deploytool.backends.inductor_kernels import Recorder
 from deploytool.backends.ran_inductor import KERNELS
-from deploytool.backends.torchscript import example
+from deploytool.backends.torchscript_make import example
 from deploytool.errors import BackendFailed, EnvironmentLacking
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature

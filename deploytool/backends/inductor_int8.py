@@ -25,7 +25,7 @@ from deploytool.backends.exported import export_module
 from deploytool.backends.inductor import ENTRY, exported, instructions, keep_program, open_package, write_package
 from deploytool.backends.linear_ranking import LinearRanking, check_names, plain_linears
 from deploytool.backends.ran_inductor import int8_calls
-from deploytool.backends.torchscript import example
+from deploytool.backends.torchscript_make import example
 from deploytool.errors import EnvironmentLacking, InputRefused
 from deploytool.load.flat import no_fast_path
 from deploytool.runner import Runner

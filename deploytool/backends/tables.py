@@ -20,9 +20,14 @@ class NoSettings(Table):
 
 
 class TorchScriptBuild(Table):
-    """`optimize`: run `torch.jit.optimize_for_inference` when the artifact is opened."""
+    """`optimize`: run `torch.jit.optimize_for_inference` when the artifact is opened.
+
+    method   "trace"; "script": torch.jit.script, of the modules whose code decides by values where tracing finds them,
+             else of the model; "auto": the first, or where it is wrong the other
+    """
 
     optimize: bool = True
+    method: Literal["auto", "trace", "script"] = "auto"
 
 
 class InductorBuild(Table):
@@ -74,6 +79,7 @@ class FbgemmBuild(KeepFp32):
                   else static where convolutions prevail
     calibration   of "static": how ranges follow from the feeds. "percentile" leaves out 0.01 % at either end
     embeddings    of "dynamic": embedding tables as 8-bit rows, four times smaller, a little less exact
+    method        as in TorchScriptBuild
     """
 
     scheme: Literal["auto", "dynamic", "static"] = "auto"
@@ -81,6 +87,7 @@ class FbgemmBuild(KeepFp32):
     weight_bits: Literal[7, 8] = 7
     recurrent: bool = True
     embeddings: bool = False
+    method: Literal["auto", "trace", "script"] = "auto"
 
 
 class InductorInt8Build(KeepFp32, InductorBuild):

@@ -16,9 +16,10 @@ from torch import Tensor
 from deploytool.artifact import Artifact
 from deploytool.backends.cut import CutNode, Stored
 from deploytool.backends.eager import as_tuple, positional
-from deploytool.backends.torchscript import ENTRY, save_traced, torch_jit
+from deploytool.backends.torchscript import ENTRY
+from deploytool.backends.torchscript_make import quiet_jit, trace
 from deploytool.cases import read_cases
-from deploytool.errors import BackendFailed
+from deploytool.errors import BackendFailed, InputRefused
 from deploytool.load.flat import no_fast_path
 from deploytool.load.model import open_source
 from deploytool.load.plain_attention import unfuse
@@ -45,6 +46,9 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
     """The model traced anew in fp32, as the artifact was, and the artifact's graph."""
     if artifact.backend == "fbgemm":
         torch.backends.quantized.engine = "fbgemm"
+    if artifact.settings.get("made_by") == "script":
+        raise InputRefused("DT313", f"only a graph without branches can be bisected (got {artifact.target!r}, which "
+                           "torch.jit.script compiled)", fix="choose another target")  # fmt: skip
     source = open_source(ModelRef(**ref))
     feeds = example_of(artifact, prepared)
     arguments = tuple(tensor.clone() for tensor in positional(artifact.signature, feeds))
@@ -54,7 +58,8 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
               for name, weight in source.flat.named_parameters()}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
         path = Path(folder) / ENTRY
-        save_traced(source.flat, arguments, path)
+        with quiet_jit():
+            torch.jit.save(torch.jit.freeze(trace(source.flat, arguments)), str(path))
         reference = ScriptGraph(_load(path), artifact.signature, owners)
     candidate = ScriptGraph(_load(artifact.main_file), artifact.signature, {})
     given = {spec.name: tensor.numpy() for spec, tensor in zip(artifact.signature.inputs, arguments, strict=True)}
@@ -63,7 +68,7 @@ def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tup
 
 
 def _load(path: Path) -> Any:
-    with torch_jit(), warnings.catch_warnings():
+    with quiet_jit(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"torch\.(ao\.quantization is deprecated|quantize_per_)")
         return torch.jit.load(str(path), map_location="cpu")
 
@@ -208,7 +213,7 @@ class ScriptGraph:
         torch._C._jit_pass_dce(graph)
         for _ in self._fed:  # nothing reads them any more; the first input is the module, which holds int8 weights
             graph.eraseInput(1)
-        with torch.inference_mode(), torch_jit(), no_fast_path(), warnings.catch_warnings():
+        with torch.inference_mode(), quiet_jit(), no_fast_path(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"torch\.(ao\.quantization is deprecated|quantize_per_)")
             return as_tuple(torch._C._create_function_from_graph("cut", graph)(self._script, *arguments))
 

@@ -19,7 +19,7 @@ from deploytool.backends.base import build_artifact, load_checked_target, open_a
 from deploytool.backends.exported import export_module  # noqa: E402
 from deploytool.backends.inductor_quantizer import OBSERVERS, InductorQuantizer, Plan  # noqa: E402
 from deploytool.backends.ran import Asked  # noqa: E402
-from deploytool.backends.torchscript import example  # noqa: E402
+from deploytool.backends.torchscript_make import example  # noqa: E402
 from deploytool.encoding import Encoding  # noqa: E402
 from deploytool.errors import EnvironmentLacking, InputRefused  # noqa: E402
 from deploytool.load.grid import snap  # noqa: E402

@@ -122,9 +122,9 @@ def _fbgemm(folder):  # type: ignore[no-untyped-def]
     """Largest integer weight of the packed linears in the script."""
     import torch
 
-    from deploytool.backends.torchscript import torch_jit
+    from deploytool.backends.torchscript_make import quiet_jit
 
-    with torch_jit():
+    with quiet_jit():
         script = torch.jit.load(str(folder / "model.pt"))
     graph = script.graph
     packed = [node.output().toIValue() for node in graph.nodes() if node.kind() == "prim::Constant"]
