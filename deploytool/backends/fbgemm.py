@@ -32,6 +32,7 @@ from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_st
 from deploytool.backends.linear_ranking import LinearRanking, check_names, is_inside, plain_linears
 from deploytool.backends.torchscript import ENTRY, open_script
 from deploytool.backends.torchscript_make import save_script
+from deploytool.backends.used_settings import unused_beside_grids
 from deploytool.errors import EnvironmentLacking, InputRefused
 from deploytool.load.flat import FlatModule, no_fast_path
 from deploytool.load.plain_attention import unfuse, why_fused
@@ -110,6 +111,7 @@ def _build_learned(source: Source, request: Request, options: tables.FbgemmBuild
         module, settings = quantize_learned(source, excluded)
         flat = FlatModule(module, names.input_names, names.output_names)
         made = save_script(flat, request, options.method, request.out / ENTRY)
+    settings = settings | unused_beside_grids(options, but=("exclude",))
     return Built("torchscript", ENTRY, "int8", settings={**made, **settings})
 
 

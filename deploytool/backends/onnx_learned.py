@@ -16,8 +16,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from deploytool.artifact import Artifact
-from deploytool.backends.base import Request
+from deploytool.backends.base import Request, find_backend
 from deploytool.backends.onnx_edit import Maker, constant, made_by, scalar
+from deploytool.backends.used_settings import unused_beside_grids
 from deploytool.encoding import Coded, read_coded
 from deploytool.errors import InputRefused
 from deploytool.lower.onnx_write import save
@@ -34,6 +35,7 @@ def write_learned(portable: Artifact, request: Request, engine: str) -> dict[str
 
     InputRefused DT310: no layer could become int8, or a grid is not one that TensorRT takes.
     """
+    asked = find_backend(request.target.backend).table(**request.target.build)
     model = ir.load(portable.main_file)
     coded = read_coded(request.encodings) if request.encodings else {}
     done: Counter[str] = Counter()
@@ -59,7 +61,7 @@ def write_learned(portable: Artifact, request: Request, engine: str) -> dict[str
     passes.RemoveUnusedNodesPass()(model)
     save(model, request.out)
     return {"scheme": "learned", "int8": dict(done), "encoded": done.total(), "encodings_not_taken": refused,
-            "weight_bits": bits}  # fmt: skip
+            "weight_bits": bits} | unused_beside_grids(asked)  # fmt: skip
 
 
 def _obstacle(node: ir.Node, coded: Coded, engine: str) -> str:

@@ -56,6 +56,7 @@ _WAYS: Mapping[str, Callable[[str, Mapping[str, Any]], str]] = {
 _DYNAMIC, _STATIC, _AUTO, _WEIGHTS = (f'int8 with scheme = "{s}"' for s in ("dynamic", "static", "auto", "weights"))
 _CALIBRATED = tuple(f'{p} with rest = "{r}"' for p in ("int8", "fp8", "int4") for r in ("fp16", "bf16"))
 _ROUNDED = ("int8", "fp8", "int4", *_CALIBRATED)
+_ROUNDING = ("keep_fp32", "exclude", "calibration", "reduce_range", "weight_bits", "preset", "max_drop", "embeddings")
 _BUILT = ("keep_fp32", "exclude", "samples")
 
 # The ways in which a setting does something; those that are not named here do in all.
@@ -100,6 +101,19 @@ def does_something(target: Target, key: str) -> bool:
     """Whether a setting of `[build]` is used in the way in which the profile builds."""
     ways = _USED.get(target.backend, {}).get(key)
     return ways is None or _WAYS.get(target.backend, _whole)(target.precision, target.build) in ways
+
+
+def unused_beside_grids(options: Table, but: tuple[str, ...] = ()) -> dict[str, str]:
+    """{"note": ...} where a profile asks for a rounding that the model's own learned scales take the place of.
+
+    Only the model tells: its scales are taken, and so nothing is refused. `but` names what is used all the same.
+    """
+    fields = type(options).model_fields
+    idle = [name for name in _ROUNDING if name in fields and name not in but
+            and getattr(options, name) != fields[name].get_default(call_default_factory=True)]  # fmt: skip
+    if not idle:
+        return {}
+    return {"note": f"the scales that the model has learned were taken: {', '.join(idle)} of the profile did nothing"}
 
 
 def check_used(target: Target, options: Table, *, text: str = "", where: str) -> None:

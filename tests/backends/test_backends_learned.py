@@ -106,6 +106,22 @@ def test_the_engine_computes_what_was_trained(
     assert ran is not None and ran["compute_by_precision"].get("int8", 0) > 0.8
 
 
+@pytest.mark.parametrize(("target", "build"), [
+    ("ort-int8", {"keep_fp32": 2, "reduce_range": False}),
+    ("openvino-int8", {"max_drop": 0.1, "preset": "performance"}),
+    ("fbgemm", {"keep_fp32": 2, "weight_bits": 8}),
+])  # fmt: skip
+def test_what_learned_scales_take_the_place_of_is_told(
+    lowered: Lowered, tmp_path: Path, target: str, build: dict[str, Any]
+) -> None:
+    """Settings of a rounding that the model's own scales replace are named in the report, and no others."""
+    request = _request(lowered("mlp"), target, tmp_path / "out")
+    assert "note" not in build_artifact(request, {}).settings
+    profile = request.target.model_copy(update={"build": {**request.target.build, **build}})
+    note = build_artifact(dataclasses.replace(request, target=profile), {}).settings["note"]
+    assert sorted(note.partition(" taken: ")[2].partition(" of ")[0].split(", ")) == sorted(build)
+
+
 def test_executorch_computes_nearly_what_was_trained(lowered: Lowered, tmp_path: Path) -> None:
     """XNNPACK rounds the results of layers too, for which no scale was learned; inputs and weights keep theirs."""
     made = lowered("conv")
