@@ -12,6 +12,8 @@ import pytest
 
 from deploytool.artifact import Artifact
 from deploytool.backends import base
+from deploytool.bench.serve import Served
+from deploytool.cases import Case, case_files
 from deploytool.cli.export import exit_code
 from deploytool.errors import InputRefused, UsageProblem
 from deploytool.pipeline import export as pipeline
@@ -376,7 +378,7 @@ LOWER_IS_BETTER = ["zeros"]
 
 
 def test_padded_batches_of_torchs_encoder_go_to_every_target(exported: Exported, tmp_path: Path) -> None:
-    """Where hidden tokens are outputs, parity must hold and the fast path be told; eager's metric is with that path."""
+    """Where hidden tokens are outputs, parity must hold and the fast path be told; eager is measured with that path."""
     path = tmp_path / "padded.py"
     path.write_text(PADDED)
     report = exported(str(path), "eager", "torchscript", "fbgemm", "ort", "openvino")
@@ -385,3 +387,8 @@ def test_padded_batches_of_torchs_encoder_go_to_every_target(exported: Exported,
         assert any("leaves zeros where a padding mask hides" in said for said in result["findings"])
         assert result["quality"]["zeros"]["reference"] > 0.5
     assert by_target(report)["ort"]["quality"]["zeros"]["candidate"] == 0
+    eager = Path(by_target(report)["eager"]["artifact"])
+    cases = [Case.load(path) for path in case_files(eager / "golden")]
+    padded = next(case for case in cases if case.inputs["hidden"].any())
+    timed = Served(str(eager), str(eager / "golden" / "000.npz"))._runner.run(padded.inputs)["y"]
+    assert not timed[padded.inputs["hidden"]].any() and (padded.outputs["y"][padded.inputs["hidden"]] != 0).all()
