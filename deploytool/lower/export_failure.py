@@ -14,8 +14,8 @@ import torch
 import deploytool
 
 DATA_DEPENDENT = ("make every way part of the graph there: torch.cond for an `if`, torch.where for values, a fixed "
-                  "number of steps for a loop; or choose torchscript or fbgemm, which compile it; or keep that part out "
-                  "of the module and run it in your own code")  # fmt: skip
+                  "number of steps for a loop; or choose torchscript or fbgemm, which compile it; or keep that part "
+                  "out of the module and run it in your own code")  # fmt: skip
 _LONGEST = 400
 _OWN = tuple(f"{Path(module.__file__ or '').parent}{os.sep}" for module in (torch, deploytool))
 _STANDARD = sysconfig.get_paths()["stdlib"]
