@@ -1,5 +1,5 @@
-"""TorchScript with int8 layers computed by fbgemm on x86 CPUs: dynamic here, static in fbgemm_static.py, with the
-scales that the model has learned in fbgemm_learned.py.
+"""TorchScript with int8 layers, computed by fbgemm on x86 CPUs and by QNNPACK on ARM (quantized_engine.py): dynamic
+here, static in fbgemm_static.py, with the scales that the model has learned in fbgemm_learned.py.
 
 Linears get weights of 7 bits per output channel and activations of 8 bits: 255 * 64 * 2 stays below 32,767, so the
 16-bit sums of CPUs without VNNI cannot saturate. torch's own scheme cuts the activations to 7 bits instead, which
@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ from deploytool.backends.eager import positional
 from deploytool.backends.fbgemm_learned import has_learned, quantize_learned
 from deploytool.backends.fbgemm_static import is_mostly_convolution, quantize_static
 from deploytool.backends.linear_ranking import LinearRanking, check_names, is_inside, plain_linears
+from deploytool.backends.quantized_engine import use_engine, use_engine_of
 from deploytool.backends.torchscript import ENTRY, open_script
 from deploytool.backends.torchscript_make import save_script
 from deploytool.backends.used_settings import unused_beside_grids
-from deploytool.errors import EnvironmentLacking, InputRefused
+from deploytool.errors import InputRefused
 from deploytool.load.flat import FlatModule, no_fast_path
 from deploytool.load.plain_attention import unfuse, why_fused
 from deploytool.runner import Runner
@@ -49,7 +50,11 @@ class Fbgemm:
     def build(self, request: Request) -> Built:
         """Quantize a copy, trace or compile, freeze, save; raises InputRefused when nothing can become int8."""
         options = tables.FbgemmBuild(**request.target.build)
-        _use_engine()
+        engine = use_engine(options.engine, options.weight_bits)
+        built = self._build(request, options)
+        return replace(built, settings={**built.settings, "engine": engine})
+
+    def _build(self, request: Request, options: tables.FbgemmBuild) -> Built:
         source = source_of(request)
         if options.scheme == "auto" and has_learned(source.module):
             check_names(source.flat, options.exclude)
@@ -86,8 +91,8 @@ class Fbgemm:
         return Built("torchscript", ENTRY, "int8", settings=settings)
 
     def open(self, artifact: Artifact) -> Runner:
-        """Load `model.pt`."""
-        _use_engine()
+        """Load `model.pt`, packed for the engine that computes here."""
+        use_engine_of(artifact.settings)
         with _quiet():
             return open_script(artifact)
 
@@ -113,15 +118,6 @@ def _build_learned(source: Source, request: Request, options: tables.FbgemmBuild
         made = save_script(flat, request, options.method, request.out / ENTRY)
     settings = settings | unused_beside_grids(options, but=("exclude",))
     return Built("torchscript", ENTRY, "int8", settings={**made, **settings})
-
-
-def _use_engine() -> None:
-    """Choose the kernels before anything is packed for them."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise EnvironmentLacking("DT402", "torch must have the engine fbgemm "
-                                          f"(got {', '.join(torch.backends.quantized.supported_engines)})",
-                                 fix="choose another int8 target: ort-int8, openvino-int8")  # fmt: skip
-    torch.backends.quantized.engine = "fbgemm"
 
 
 def _chosen(module: nn.Module, options: tables.FbgemmBuild, linears: list[str]) -> list[nn.Module]:

@@ -75,7 +75,7 @@ def open_package(artifact: Artifact) -> Runner:
 def _check_saturation(artifact: Artifact) -> None:
     """Raise EnvironmentLacking where sums of the package's 8-bit weights would be cut off: by CPUs without VNNI."""
     found = artifact.settings.get("needs_vnni", {"weights": 0})
-    if found["weights"] and not saturation.has_vnni(cpu_flags()):
+    if found["weights"] and not saturation.has_vnni(saturation.cpu_flags()):
         raise EnvironmentLacking("DT402", f"the CPU must have VNNI: {found['weights']} of {found['of']} int8 weights "
                                  f"of {artifact.entry} saturate without (it has none)",
                                  fix="build it with weight_bits = 7; train on grids of 7 bits")  # fmt: skip
@@ -163,17 +163,8 @@ def load_package(path: Path) -> Any:
 
 def missing_instructions(wanted: str) -> list[str]:
     """Flags that this CPU lacks of what Inductor names, such as "AVX512 AVX512_VNNI"."""
-    has = cpu_flags()
+    has = saturation.cpu_flags()
     return [_FLAGS[name] for name in wanted.split() if has and name in _FLAGS and _FLAGS[name] not in has]
-
-
-def cpu_flags() -> set[str]:
-    """What /proc/cpuinfo calls the abilities of this CPU; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 @contextmanager

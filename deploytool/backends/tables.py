@@ -79,6 +79,8 @@ class FbgemmBuild(KeepFp32):
                   else static where convolutions prevail
     calibration   of "static": how ranges follow from the feeds. "percentile" leaves out 0.01 % at either end
     embeddings    of "dynamic": embedding tables as 8-bit rows, four times smaller, a little less exact
+    engine        which of torch's engines computes int8: "auto" is "fbgemm", or "qnnpack" on ARM; "x86" has oneDNN's
+                  convolutions on CPUs with VNNI, "onednn" its products too
     method        as in TorchScriptBuild
     """
 
@@ -87,6 +89,7 @@ class FbgemmBuild(KeepFp32):
     weight_bits: Literal[7, 8] = 7
     recurrent: bool = True
     embeddings: bool = False
+    engine: Literal["auto", "fbgemm", "x86", "onednn", "qnnpack"] = "auto"
     method: Literal["auto", "trace", "script"] = "auto"
 
 

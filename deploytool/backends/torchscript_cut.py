@@ -16,6 +16,7 @@ from torch import Tensor
 from deploytool.artifact import Artifact
 from deploytool.backends.cut import CutNode, Stored
 from deploytool.backends.eager import as_tuple, positional
+from deploytool.backends.quantized_engine import use_engine_of
 from deploytool.backends.torchscript import ENTRY
 from deploytool.backends.torchscript_make import quiet_jit, trace
 from deploytool.cases import read_cases
@@ -45,7 +46,7 @@ _UNPACK = {"quantized::linear": _OPERATORS.linear_unpack, "quantized::conv1d": _
 def open_cuts(artifact: Artifact, prepared: Path, ref: Mapping[str, str]) -> tuple[ScriptGraph, ScriptGraph]:
     """The model traced anew in fp32, as the artifact was, and the artifact's graph."""
     if artifact.backend == "fbgemm":
-        torch.backends.quantized.engine = "fbgemm"
+        use_engine_of(artifact.settings)
     if artifact.settings.get("made_by") == "script":
         raise InputRefused("DT313", f"only a graph without branches can be bisected (got {artifact.target!r}, which "
                            "torch.jit.script compiled)", fix="choose another target")  # fmt: skip

@@ -215,6 +215,7 @@ def open_engine(variant: Json, path: str) -> Engine:
     if kind == "openvino":
         return open_openvino(path, inputs, outputs, threads, str(variant["settings"].get("hint", "latency")))
     if kind in ("torchscript", "pt2"):
+        choose_kernels(variant)
         return open_torch(path, inputs, outputs, threads, bool(variant["settings"].get("optimize", False)))
     if kind == "executorch":
         return open_executorch(path, inputs, outputs, threads, variant["settings"].get("needs", {}))
@@ -334,6 +335,17 @@ def open_torch(path: str, inputs: list[str], outputs: list[str], threads: int, o
         return {name: tensor.numpy() for name, tensor in zip(outputs, tensors, strict=True)}
 
     return run
+
+
+def choose_kernels(variant: Json) -> None:
+    """Of torch's engines for int8 the one that the release was verified with, or that of this kind of processor."""
+    if variant["backend"] == "fbgemm":
+        engines = runtime("torch").backends.quantized
+        wanted = (variant["settings"].get("engine", "fbgemm"), "fbgemm", "qnnpack")
+        chosen = next((name for name in wanted if name in engines.supported_engines), None)
+        if chosen is None:
+            raise Lacking(f"torch must have an engine for int8 (it has {', '.join(engines.supported_engines)})")
+        engines.engine = chosen
 
 
 def open_executorch(path: str, inputs: list[str], outputs: list[str], threads: int, needs: Json) -> Engine:

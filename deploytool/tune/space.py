@@ -18,7 +18,7 @@ Change = tuple[str, Any]  # ("build.reduce_range", False)
 # Settings worth trying beside those of the profile, per backend and precision. All are keys of the backend's own table.
 CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
     ("torchscript", "fp32"): {"optimize": (False,)},
-    ("fbgemm", "int8"): {"keep_fp32": (0,), "weight_bits": (8,), "embeddings": (True,)},
+    ("fbgemm", "int8"): {"keep_fp32": (0,), "weight_bits": (8,), "embeddings": (True,), "engine": ("x86",)},
     ("inductor_int8", "int8"): {"keep_fp32": (0,), "weight_bits": (8,)},
     ("onnxruntime", "fp32"): {"arena": (False,)},
     ("onnxruntime", "int8"): {
@@ -33,8 +33,8 @@ CHOICES: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = {
     ("openvino", "int4"): {"group_size": (32, 128), "int4_share": (0.8,)},
     ("openvino", "int8"): {"scheme": ("transformer", "unsmoothed"), "keep_fp32": (0,), "preset": ("performance",)},
 }
-# 8-bit weights saturate in the kernels of CPUs without VNNI: not offered there.
-_NEEDS_VNNI: tuple[Change, ...] = (("reduce_range", False), ("weight_bits", 8))
+# Without VNNI 8-bit weights saturate, and torch's engine "x86" is no other than fbgemm: not offered there.
+_NEEDS_VNNI: tuple[Change, ...] = (("reduce_range", False), ("weight_bits", 8), ("engine", "x86"))
 _CORES_TO_HALVE = 4
 # Settings that make the file or the process smaller and not quicker: tried for that objective only.
 _ONLY_FOR = {"embeddings": "size", "op_types": "size", "arena": "memory"}
