@@ -33,6 +33,7 @@ from deploytool.storage import read_json, settle, sha256_file, write_json, writi
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "transformers", "tokenizers", "safetensors",
              "optimum")  # fmt: skip
 _ROOMS = (".", "load", "lower", "backends", "verify")  # the last two made the figures that are kept with an entry
+_TENSORRT = "tensorrt"
 _LOCK_SECONDS = 1800.0
 _KEEP_SUPERSEDED_SECONDS = 3600.0
 _KEEP_ABANDONED_SECONDS = 86_400.0
@@ -86,7 +87,8 @@ def prepare(
 
 @dataclass(frozen=True)
 class Entry:
-    """One prepared folder of the cache; `used_unix_seconds` is when a run last found it."""
+    """One prepared folder of the cache, or file of TensorRT's; `used_unix_seconds` is when a run last found the folder,
+    or wrote the file."""
 
     name: str
     model: str
@@ -104,6 +106,8 @@ def entries() -> list[Entry]:
             model = "?"
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         found.append(Entry(folder.name, model, size, folder.stat().st_mtime))
+    for file in (worker.cache_folder() / _TENSORRT).glob("[!.]*"):  # see backends/tensorrt_caches.py
+        found.append(Entry(f"{_TENSORRT}/{file.name}", "TensorRT", file.stat().st_size, file.stat().st_mtime))
     return sorted(found, key=lambda entry: entry.used_unix_seconds)
 
 
@@ -111,6 +115,9 @@ def drop(unused: Sequence[Entry]) -> None:
     """Remove entries; each first gets a name under which no run looks for it, so that none finds half of one."""
     lowered = worker.cache_folder() / "lowered"
     for entry in unused:
+        if entry.name.startswith(f"{_TENSORRT}/"):
+            (worker.cache_folder() / entry.name).unlink(missing_ok=True)
+            continue
         away = lowered / f".gone-{entry.name}"
         (lowered / entry.name).rename(away)
         shutil.rmtree(away)

@@ -45,6 +45,18 @@ def test_cache_lists_and_clears_what_is_not_in_use(lowered: Path, capsys: pytest
     assert sorted(p.name for p in lowered.iterdir()) == [".tmp-c", "b"]
 
 
+def test_what_tensorrt_keeps_is_listed_and_cleared(lowered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of TensorRT's, which no prepared model holds, must be counted and removed like entries."""
+    file = lowered.parent / "tensorrt" / "timings-tensorrt-10.9.cache"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"1234")
+    os.utime(file, (0, 0))
+    assert run(["cache", "list", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(e["name"], e["size_bytes"]) for e in told["entries"]] == [("tensorrt/timings-tensorrt-10.9.cache", 4)]
+    assert run(["cache", "clear"]) == 0 and not file.exists()
+
+
 def test_init_writes_a_model_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The written file must open as it is, with every hook, and never replace a file unasked."""
     pytest.importorskip("torch")

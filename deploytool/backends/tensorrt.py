@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends import tables, tensorrt_layers
+from deploytool.backends import tables, tensorrt_caches, tensorrt_layers
 from deploytool.backends.base import Built, Request, importable, nvidia_driver, portable_of
 from deploytool.backends.engine import threads_of
 from deploytool.backends.onnx_fp16 import rounding_session
@@ -170,9 +170,12 @@ def compile_engine(graph: Path, signature: Signature, ranges: dict[str, tables.S
     _set_devices(config, target)
     if ranges:
         config.add_optimization_profile(_profile(builder, signature, ranges))
+    timings = tensorrt_caches.timings(trt, config)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise not_built(log.lines)
+    if timings:
+        timings.keep()
     return bytes(plan)
 
 

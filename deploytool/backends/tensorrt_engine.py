@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from deploytool.backends import tensorrt_layers
+from deploytool.backends import tensorrt_caches, tensorrt_layers
 from deploytool.backends.engine import EngineRunner
 from deploytool.errors import BackendFailed, EnvironmentLacking, InputRefused
 from deploytool.signature import Feeds, Signature
@@ -43,19 +43,23 @@ def open_engine(trt: Any, log: Any, plan: bytes, signature: Signature) -> CudaRu
     engine: tensorrt.ICudaEngine | None = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendFailed("DT504", "TensorRT must load the engine (it did not)", detail=log.lines[-5:], fix=_REBUILD)
-    return CudaRunner(trt, runtime, engine, signature, log)
+    return CudaRunner(trt, runtime, engine, signature, log, tensorrt_caches.kernels(trt, engine, plan))
 
 
 class CudaRunner(EngineRunner):
     """One execution context on a stream of its own; inputs go up and outputs come down with every call."""
 
     def __init__(
-        self, trt: Any, runtime: tensorrt.Runtime, engine: tensorrt.ICudaEngine, signature: Signature, log: Any
-    ) -> None:
+        self, trt: Any, runtime: tensorrt.Runtime, engine: tensorrt.ICudaEngine, signature: Signature, log: Any,
+        kernels: tensorrt_caches.Kernels | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(signature)
         self.trt, self.log = trt, log
         self.runtime, self.engine = runtime, engine  # an engine must not outlive its runtime
-        context: tensorrt.IExecutionContext | None = engine.create_execution_context()
+        self._kernels = kernels
+        context: tensorrt.IExecutionContext | None = (
+            engine.create_execution_context(kernels.config) if kernels else engine.create_execution_context()
+        )
         if context is None:
             raise BackendFailed("DT504", "TensorRT must make a context of the engine (it did not)",
                                 detail=log.lines[-5:], fix=_REBUILD)  # fmt: skip
@@ -137,7 +141,10 @@ class CudaRunner(EngineRunner):
         return tensor
 
     def close(self) -> None:
-        """Free the context before the engine, and that before its runtime."""
+        """Free the context before the engine, and that before its runtime; what was compiled is kept."""
+        if self._kernels:
+            self._kernels.keep()
+        del self._kernels
         del self.context
         del self.engine
         del self.runtime

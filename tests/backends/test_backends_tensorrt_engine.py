@@ -168,3 +168,19 @@ def test_names_alone_are_of_unknown_precision() -> None:
     """An engine that was built without its details must not be given precisions."""
     told = tensorrt_layers.summary(json.dumps({"Layers": ["conv + relu", "gemm"]}))
     assert told == {"layers": 2, "by_precision": {"unknown": 2}, "fused": 1}
+
+
+def test_a_context_is_made_with_the_kernels_that_were_kept(runner: CudaRunner) -> None:
+    """The runtime cache must be in what the context is made of, and be kept when the engine is closed."""
+    told: list[Any] = []
+    kernels: Any = SimpleNamespace(config="its config", keep=lambda: told.append("kept"))
+
+    def make(config: object = None) -> Context:
+        told.append(config)
+        return Context()
+
+    engine: Any = SimpleNamespace(create_execution_context=make, get_tensor_location=lambda name: "device")
+    with CudaRunner(TYPES, SimpleNamespace(), engine, SIGNATURE, SimpleNamespace(lines=[]), kernels) as opened:  # type: ignore[arg-type]
+        opened.run(feeds())
+        assert told == ["its config"]
+    assert told == ["its config", "kept"]

@@ -20,7 +20,7 @@ if STUBS is None or STUBS.origin is None:
     pytest.skip("tensorrt-stubs is not installed", allow_module_level=True)
 
 FOLDER = Path(deploytool.backends.__file__).parent
-FILES = ("tensorrt.py", "tensorrt_engine.py")
+FILES = ("tensorrt.py", "tensorrt_engine.py", "tensorrt_caches.py")
 SETTINGS = """
 [mypy]
 strict = True
@@ -79,6 +79,9 @@ def test_every_call_is_one_that_tensorrt_has(checked: Path) -> None:
     ("tensorrt_engine.py", "execute_async_v3(self.stream.cuda_stream)", "execute_async_v3()", "Missing positional"),
     ("tensorrt_engine.py", "self.context.set_input_shape(name,", "self.context.set_input_shape(3,", "No overload"),
     ("tensorrt_engine.py", "engine.create_engine_inspector()", "engine.create_inspector()", "has no attribute"),
+    ("tensorrt_caches.py", "set_timing_cache(cache, False):", "set_timing_cache(cache):", "Missing positional"),
+    ("tensorrt_caches.py", "create_timing_cache(b\"\")", "create_timing_cache()", "Missing positional"),
+    ("tensorrt_caches.py", "self._cache.serialize()", "self._cache.dump()", "has no attribute"),
     ("tensorrt.py", "trt.ProfilingVerbosity.DETAILED", "trt.ProfilingVerbosity.VERBOSE", "has no attribute"),
 ])  # fmt: skip
 def test_a_wrong_call_is_seen(name: str, right: str, wrong: str, said: str, checked: Path) -> None:
