@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
-from deploytool.artifact import Artifact  # noqa: E402
-from deploytool.bundle.pack import pack  # noqa: E402
-from deploytool.errors import InputRefused  # noqa: E402
+from deploytool.artifact import Artifact
+from deploytool.bundle.pack import pack
+from deploytool.errors import InputRefused
 
 MODEL = Path(__file__).parent.parent / "backends" / "tiny" / "branching.py"
 
