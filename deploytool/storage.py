@@ -10,13 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from deploytool.errors import EnvironmentLacking, UsageProblem
 
-_WORK, _LOCK = ".work-", ".lock"
+_WORK, _LOCK, _OURS = ".work-", ".lock", ".deploytool"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and stdio.h
 
 
@@ -103,12 +103,13 @@ def work_folder(parent: Path) -> Iterator[Path]:
             shutil.rmtree(entry, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_WORK, dir=parent, ignore_cleanup_errors=True) as folder, \
             FileLock(Path(folder, _LOCK)):  # fmt: skip
+        (Path(folder) / _OURS).touch()  # the lock is held: before this, nobody takes the folder for abandoned
         yield Path(folder)
 
 
 def _is_abandoned(entry: Path) -> bool:
-    """Whether it is a work folder whose process has ended."""
-    if not entry.name.startswith(_WORK) or entry.is_symlink() or not entry.is_dir():
+    """Whether it is a work folder whose process has ended; a folder that only has such a name is somebody's."""
+    if not entry.name.startswith(_WORK) or entry.is_symlink() or not (entry / _OURS).is_file():
         return False
     from filelock import FileLock, Timeout
 
@@ -193,7 +194,10 @@ def _sync_tree(folder: Path) -> None:
         for name in files:
             handle = os.open(os.path.join(root, name), os.O_RDONLY)
             try:
-                os.fchmod(handle, os.fstat(handle).st_mode | 0o444)  # some libraries write for their user alone
+                mode = os.fstat(handle).st_mode
+                if mode & 0o444 != 0o444:  # some libraries write for their user alone
+                    with suppress(PermissionError):  # on file systems without modes
+                        os.fchmod(handle, mode | 0o444)
                 os.fsync(handle)
             finally:
                 os.close(handle)

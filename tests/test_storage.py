@@ -136,6 +136,10 @@ def test_what_a_killed_call_left_stands_in_nobodys_way(tmp_path: Path) -> None:
     with work_folder(out) as work:
         assert list(out.iterdir()) == [work]
     assert not any(out.iterdir())
-    (out / "mine").write_text("mine")
+    (out / ".work-notes").mkdir()
+    (out / ".work-notes" / "mine").write_text("mine")
     with pytest.raises(UsageProblem, match="must not exist"):
         refuse_existing(out, overwrite=False)
+    with work_folder(out):
+        pass
+    assert [path.name for path in out.rglob("*")] == [".work-notes", "mine"]

@@ -294,7 +294,8 @@ def _fold(module: GraphModule) -> None:
         kernel, offset, gamma, beta, mean, variance = numbers
         if kernel is None or mean is None or variance is None:
             continue
-        fused = fuse_conv_bn_weights(kernel, offset, mean, variance, float(node.args[7]), gamma, beta)
+        fused = fuse_conv_bn_weights(kernel, offset, mean, variance, float(node.args[7]), gamma, beta,
+                                     transpose="conv_transpose" in _kind(made))  # fmt: skip
         names = [f"folded_{made.name}_{end}" for end in ("weight", "bias")]
         with module.graph.inserting_before(made):
             for index, (name, tensor) in enumerate(zip(names, fused, strict=True)):

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from deploytool.backends.cut import COMPILED
 from deploytool.errors import EnvironmentLacking
 from deploytool.source import ModelRef
 from deploytool.target import Target
@@ -67,8 +68,13 @@ def weights_of(ref: ModelRef) -> int:
 
 def needs(weights: int, targets: Sequence[Target], graph: bool) -> Needs:
     """What exporting a model with so many bytes of weights to these targets takes at least."""
-    engines = sum(weights * _BITS.get(t.precision, 32) // 32 for t in targets if t.backend != "eager")
+    engines = sum(weights * _BITS.get(t.precision, 32) // 32 * _copies(t) for t in targets if t.backend != "eager")
     return Needs(_LIBRARIES_BYTES + 2 * weights, weights if graph else 0, engines)
+
+
+def _copies(target: Target) -> int:
+    """How often an artifact's weights are written: packages keep the program that they were compiled of beside them."""
+    return 2 if target.backend in COMPILED and target.build.get("keep_program", True) else 1
 
 
 def compression_needs(weights: int) -> Needs:

@@ -224,18 +224,16 @@ class Search:
             errors[middle] = max(self._in_place(cuts[middle]).values(), default=0.0)
             low, high = (low, middle) if errors[middle] > limit else (middle, high)
         end = cuts[high] if high < len(cuts) else outputs
-        before = errors[low]
-        jumps = errors[high] > _JUMP * max(before, limit)
-        while True:
-            start = cuts[low] if low >= 0 else list(self.inputs)
-            given = {**self.inputs, **{name: self.values[name] for name in start}}
-            own = max((distance(self.values[n], a) for n, a in self.replay(end, given).items()), default=0.0)
-            between = self._nodes_between(start, end)
-            explained = math.hypot(*(bounds.get(name, 0.0) for n in between for name in n.outputs))
-            fused = own > max(limit, explained)
-            if fused or low < 0 or not jumps:
-                break
-            low = low // 2 - 1 if low else -1  # what is wrong was fused across the cut
+        own, between, fused = self._piece(cuts, low, end, limit, bounds)
+        if not fused and errors[high] > _JUMP * max(errors[low], limit):
+            start = low
+            while not fused and start >= 0:  # what is wrong may have been fused across the cut
+                start = start // 2 - 1 if start else -1
+                wider = self._piece(cuts, start, end, limit, bounds)
+                if wider[-1]:
+                    low, (own, between, fused) = start, wider
+            if low not in errors:
+                errors[low] = max(self._in_place(cuts[low]).values(), default=0.0)
         node = self._made.get(end[-1]) or self.reference.nodes[-1]
         cause = ("each node is right by itself, and wrong as the engine computes them together: a fusion is wrong"
                  if fused else "no node is wrong by itself: small errors of many nodes add up")  # fmt: skip
@@ -243,15 +241,26 @@ class Search:
             "found": "fusion" if fused else "accumulated",
             **_place(node),
             "tensor": end[-1],
-            "between": [n.name for n in between],
+            "between": between,
             "own_error": _finite(own),
-            "error_before": _finite(before),
+            "error_before": _finite(errors[low]),
             "error_after": _finite(errors[high]),
             "cause": "fusion" if fused else "accumulated",
             "sentence": cause,
             "others": [],
             "sound": self._sound(0),
         }
+
+    def _piece(
+        self, cuts: Sequence[Sequence[str]], low: int, end: Sequence[str], limit: float, bounds: Mapping[str, float]
+    ) -> tuple[float, list[str], bool]:
+        """Of what lies between a cut, or the inputs, and `end`: its own error, its nodes, and whether it is wrong."""
+        start = cuts[low] if low >= 0 else list(self.inputs)
+        given = {**self.inputs, **{name: self.values[name] for name in start}}
+        own = max((distance(self.values[n], a) for n, a in self.replay(end, given).items()), default=0.0)
+        between = self._nodes_between(start, end)
+        explained = math.hypot(*(bounds.get(name, 0.0) for n in between for name in n.outputs))
+        return own, [node.name for node in between], own > max(limit, explained)
 
     def _sound(self, wrong: int) -> str:
         total, skipped = len(self.names), len(self.failures) if self.runs else 0

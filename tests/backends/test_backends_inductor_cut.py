@@ -17,7 +17,7 @@ from workshop import TINY, Workshop
 torch = pytest.importorskip("torch")
 
 from deploytool.artifact import KEPT, Artifact  # noqa: E402
-from deploytool.backends import inductor_int8  # noqa: E402
+from deploytool.backends import inductor_cut, inductor_int8  # noqa: E402
 from deploytool.backends.base import build_artifact, load_checked_target  # noqa: E402
 from deploytool.cases import Case  # noqa: E402
 from deploytool.errors import DeployError, InputRefused  # noqa: E402
@@ -130,3 +130,18 @@ def test_a_package_of_another_program_is_refused(
     monkeypatch.setattr(PackageRunner, "infer", lambda self, feeds: [np.asarray(a) * 1.5 for a in plain(self, feeds)])
     with refused("compiled by another torch"):
         bisected(workshop, workshop.artifact("mlp", "inductor"), "mlp", tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_norms_are_folded_into_the_convolutions_before_them(kind: Any) -> None:
+    """A convolution of either kind must compute with its norm folded in what both did."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(kind(4, 6, 3), torch.nn.BatchNorm2d(6)).eval()
+    with torch.no_grad():
+        module[1].running_var.uniform_(0.5, 2)
+        module[1].running_mean.normal_()
+    image = torch.randn(2, 4, 8, 8)
+    graph = torch.export.export(module, (image,)).module()
+    inductor_cut._fold(graph)
+    assert "batch_norm" not in str(graph.graph)
+    torch.testing.assert_close(graph(image), module(image))

@@ -58,7 +58,8 @@ def test_what_is_counted() -> None:
     found = needs(4 * GB, [load_target(n) for n in ("ort", "ort-int8", "eager")], graph=True)
     assert (found.cache, found.output) == (4 * GB, 5 * GB)
     assert found.memory > 8 * GB
-    shares = {"ort": 32, "ort-fp16": 16, "ort-int8": 8, "ort-weight-int8": 8, "ort-int4": 4, "openvino-int4": 4}
+    shares = {"ort": 32, "ort-fp16": 16, "ort-int8": 8, "ort-weight-int8": 8, "ort-int4": 4, "openvino-int4": 4,
+              "inductor": 64, "inductor-int8": 16}
     assert {name: needs(32 * GB, [load_target(name)], graph=False).output for name in shares} == {
         name: bits * GB for name, bits in shares.items()
     }
