@@ -23,6 +23,8 @@ _COUNT = 8
 _BASES = (16, 64, 256, 1024, 4096, 16384)  # an encoder takes the first, a small image the second, sound the last
 _IMAGE_RANK = 4
 _TIMES = (1, 2, 3)
+_AXES = {TOKENS: ("batch", "tokens"), "position_ids": ("batch", "tokens"), "attention_mask": ("batch", "total")}
+_CACHE = ("batch", "", "past", "")  # what the axes of a cached key or value count
 _TURNS = ((1, 16), (9, 16), (4, 32), (16, 7))  # tokens, and those in the cache before them
 _KEEP_VALUES = frozenset({"Cast", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze",
                           "Transpose", "Unsqueeze"})  # fmt: skip
@@ -39,8 +41,8 @@ def made_samples(graph: GraphProto, inputs: Sequence[TensorSpec], objection: Obj
     said = ""
     turn = _Turn.of(inputs)
     for plan in turn.plans() if turn else _plans(inputs, free):
-        samples = [_feeds(inputs, sizes, bounds, seed) | (turn.places(inputs, sizes) if turn else {})
-                   for seed, sizes in enumerate(plan)]  # fmt: skip
+        samples = [_feeds(inputs, sizes, bounds, seed) for seed, sizes in enumerate(plan)]
+        samples = list(map(_placed, samples)) if turn else samples
         problems = (objection(feeds) for feeds in samples)
         refused = next((problem for problem in problems if problem), "")
         if not refused:
@@ -75,26 +77,37 @@ def index_bound(graph: GraphProto, name: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Turn:
-    """The free dimensions of a language model with a cache, by what they count.
+    """What the dimensions of a language model with a cache count: "batch", "tokens", "past" or "total".
 
     Attention with a cache believes what it is told: where tokens, mask and cache contradict one another it does not
     object as a plain operator would, but reads and writes beyond its memory.
+
+    free   what each free dimension counts; several may count the same, as where exporters name one per layer
+    fixed  the sizes of those that the graph fixes
     """
 
-    batch: Dim
-    tokens: Dim
-    past: Dim
-    total: Dim
+    free: Mapping[str, str]
+    fixed: Mapping[str, int]
 
     @staticmethod
     def of(inputs: Sequence[TensorSpec]) -> _Turn | None:
-        """Those of `inputs`; None for what is no such model."""
-        shapes = {spec.name: spec.shape for spec in inputs}
-        past = next((shape for name, shape in shapes.items() if name.startswith(PAST)), ())
-        tokens, mask = shapes.get(TOKENS, ()), shapes.get("attention_mask", ())
-        if (len(past), len(tokens), len(mask)) != (4, 2, 2) or not isinstance(past[2], str):
+        """Those of `inputs`; None for what is no such model, or where these four do not explain its dimensions."""
+        known = {spec.name: _CACHE if spec.name.startswith(PAST) else _AXES.get(spec.name) for spec in inputs}
+        if not known.keys() >= {TOKENS, "attention_mask"} or _CACHE not in known.values():
             return None
-        return _Turn(tokens[0], tokens[1], past[2], mask[1])
+        found: set[tuple[Dim, str]] = set()
+        for spec in inputs:
+            axes = known[spec.name]
+            if axes is not None and len(axes) != len(spec.shape):
+                return None
+            if axes is not None:
+                found |= {pair for pair in zip(spec.shape, axes, strict=True) if pair[1]}
+            elif len(spec.shape) > 1 and isinstance(spec.shape[0], str):
+                found.add((spec.shape[0], "batch"))
+        free = {dim: count for dim, count in found if isinstance(dim, str)}
+        fixed = {count: dim for dim, count in found if isinstance(dim, int)}
+        explained = len(free) + len(fixed) == len(found) and free.keys() >= set(Signature(tuple(inputs), ()).free)
+        return _Turn(free, fixed) if explained and not fixed.keys() & {"past", "total"} else None
 
     def plans(self) -> Iterator[list[Sizes]]:
         """Decoding steps and prompts after a cache, at first in batches of several, then of one."""
@@ -103,15 +116,17 @@ class _Turn:
                    for number in range(_COUNT)]  # fmt: skip
 
     def _sizes(self, batch: int, tokens: int, past: int) -> Sizes:
-        counts = ((self.batch, batch), (self.tokens, tokens), (self.past, past), (self.total, past + tokens))
-        return {dim: size for dim, size in counts if isinstance(dim, str)}
+        counts = {"batch": batch, "tokens": tokens, "past": past, **self.fixed}
+        counts["total"] = counts["past"] + counts["tokens"]
+        return {dim: counts[count] for dim, count in self.free.items()}
 
-    def places(self, inputs: Sequence[TensorSpec], sizes: Sizes) -> Outputs:
-        """A mask that hides nothing, and positions that follow the cache."""
-        past, tokens = sizes[str(self.past)], sizes.get(str(self.tokens), 1)
-        rows = np.ones((sizes.get(str(self.batch), 1), 1), np.int64)
-        made = {"attention_mask": np.tile(rows, past + tokens), "position_ids": rows * np.arange(past, past + tokens)}
-        return {spec.name: made[spec.name].astype(spec.dtype) for spec in inputs if spec.name in made}
+
+def _placed(feeds: Outputs) -> Outputs:
+    """A decoder's feeds with a mask that hides nothing, and positions that follow the cache."""
+    past = next(array.shape[2] for name, array in feeds.items() if name.startswith(PAST))
+    positions = np.arange(past, past + feeds[TOKENS].shape[1])
+    made = {"attention_mask": 1, "position_ids": positions}
+    return {name: np.full_like(array, made[name]) if name in made else array for name, array in feeds.items()}
 
 
 def _plans(inputs: Sequence[TensorSpec], free: Sequence[str]) -> Iterator[list[Sizes]]:

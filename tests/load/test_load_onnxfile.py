@@ -262,3 +262,46 @@ def test_a_decoders_sizes_are_never_at_odds(batches: int) -> None:
     assert max(len(sample["input_ids"]) for sample in samples) == batches
     assert len({sample["input_ids"].shape[1] for sample in samples}) >= 3
     assert len({sample["past_key_values.0.key"].shape[2] for sample in samples}) >= 3
+
+
+DECODER: dict[str, tuple[int | str, ...]] = {
+    "input_ids": ("batch", "new"), "attention_mask": ("batch", "all"), "position_ids": ("batch", "new"),
+    "past_key_values.0.key": ("batch", 2, "old", 4), "past_key_values.0.value": ("batch", 2, "old", 4)}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "rows", "new"), [
+    ({"past_key_values.0.key": ("batch", 2, "a", 4), "past_key_values.0.value": ("batch", 2, "b", 4)}, None, None),
+    ({"attention_mask": ("mask_rows", "attention_mask_dim1")}, None, None),
+    ({"input_ids": ("batch", 1), "position_ids": ("batch", 1), "attention_mask": ("batch", "old + 1")}, None, 1),
+    ({"input_ids": (2, "new")}, 2, None), ({"input_ids": ("batch", 4)}, None, 4),
+    ({"use_cache_branch": (1,), "embeds": ("n", 3)}, None, None),
+])  # fmt: skip
+def test_a_decoders_dimensions_need_no_names(
+    changed: dict[str, tuple[int | str, ...]], rows: int | None, new: int | None
+) -> None:
+    """Axes without a common name, a cache per layer and fixed sizes must be given sizes that agree."""
+    shapes = DECODER | changed
+    inputs = [TensorSpec(n, "int64" if n in list(DECODER)[:3] else "float32", shape) for n, shape in shapes.items()]
+
+    def objection(feeds: Outputs) -> str:
+        (b, t), old = feeds["input_ids"].shape, feeds["past_key_values.0.key"].shape[2]
+        assert b == (rows or b) and t == (new or t)
+        assert feeds["attention_mask"].shape == (b, old + t) and feeds["attention_mask"].all()
+        assert feeds["position_ids"].shape == (b, t) and (feeds["position_ids"] == np.arange(old, old + t)).all()
+        assert feeds["past_key_values.0.value"].shape == feeds["past_key_values.0.key"].shape == (b, 2, old, 4)
+        return ""
+
+    assert len(made_samples(onnx.GraphProto(), inputs, objection)) == 8
+
+
+@pytest.mark.parametrize("changed", [
+    {"encoder_hidden_states": ("batch", "encoder_sequence", 8)}, {"cache_position": ("other",)},
+    {"past_key_values.0.key": ("batch", "past_key_values.0.key_dim1", "old", 4)}, {"attention_mask": ("batch", "new")},
+    {"attention_mask": ("batch", 16)}, {"position_ids": (3, "batch", "new")},
+])  # fmt: skip
+def test_a_decoder_with_further_dimensions_gets_samples(changed: dict[str, tuple[int | str, ...]]) -> None:
+    """What the four counts do not explain must be tried at sizes like any other graph's."""
+    inputs = [TensorSpec(name, "float32", shape) for name, shape in (DECODER | changed).items()]
+    samples = made_samples(onnx.GraphProto(), inputs, lambda feeds: "")
+    for spec in inputs:
+        assert samples[0][spec.name].ndim == len(spec.shape)
