@@ -116,6 +116,8 @@ def main() -> int:
         return _write(options, Path(__file__).resolve().parent)
     except (ImportError, FileNotFoundError) as error:
         return _refused(str(error), 4)
+    except Exception as error:  # whatever a runtime, or a tokenizer, raises for a file that it refuses
+        return _refused(f"the model does not run: {' '.join(str(error).split())[:500]}", 5)
 
 
 def _refused(why: str, code: int) -> int:

@@ -247,6 +247,16 @@ def test_a_damaged_model_is_told_in_one_line(workshop: Workshop) -> None:
     assert len(done.stderr.splitlines()) == 1 and "does not open" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "artifact.json"])
+def test_a_damaged_file_beside_it_is_told_in_one_line(workshop: Workshop, name: str) -> None:
+    """So does a damaged file of text."""
+    artifact = shipped(workshop)
+    (artifact.folder / name).write_text('{"half')
+    done = _generate(artifact.folder, ["w3"])
+    assert done.returncode == 5 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "does not run" in done.stderr
+
+
 def test_what_is_not_asked_for_fits(workshop: Workshop) -> None:
     """Without --tokens a long prompt gets as many new tokens as there are positions for."""
     artifact = shipped(workshop)
