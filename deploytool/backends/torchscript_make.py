@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import linecache
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from deploytool.lower.export_failure import reason
 
 _SAME = 0.99999  # cosine: the same operators in the same order
 _WHOLE = "module"  # the name of the model within its FlatModule
+_TORCH = str(Path(torch.__file__).parent)
 _AGREED = 0.99  # of whole numbers: a rounding may turn a choice between equals
 Place = tuple[str, int]  # file, line
 
@@ -39,21 +41,23 @@ def save_script(module: nn.Module, request: Request, method: Literal["auto", "tr
 
     made_by         "trace" or "script"
     scripted        of "script": the modules that were compiled, "" for the whole model
-    fixed_by_trace  of "trace": lines of the model that decide by values, all samples alike
+    fixed_by_trace  of a trace that was compared: lines that decide by values or sizes, all samples alike
 
-    "auto" takes the trace where it warns of nothing, or equals the module on every parity case and calibration feed;
-    else a script that does. Raises InputRefused DT310 where there is none, with the lines that decide.
+    "auto" takes the trace where it equals the module on every parity case and calibration feed, else a script that
+    does: of torch.equal and its like tracing does not warn. Raises InputRefused DT310 where there is none, with the
+    lines that decide.
     """
     arguments = example(request)
     places: list[Place] = []
     obstacles: list[str] = []
     made = _attempt(module, arguments, [], obstacles, places)
     if made is not None and method != "script":
-        wrong = _difference(made, module, request) if places and method == "auto" else ""
+        compared = method == "auto"
+        wrong = _difference(made, module, request) if compared else ""
         if not wrong:
             _save(made, path)
-            own = [_told(place) for place in places if "site-packages" not in place[0]]
-            return {"made_by": "trace"} | ({"fixed_by_trace": own} if own else {})
+            fixed = [_told(place) for place in places]
+            return {"made_by": "trace"} | ({"fixed_by_trace": fixed} if compared and fixed else {})
         obstacles.append(f"torch.jit.trace: {wrong}")
     if method == "trace":
         raise InputRefused("DT310", f"the model must be traceable by torch.jit.trace (got: {obstacles[0]})",
@@ -132,7 +136,6 @@ def _noting(places: list[Place]) -> Iterator[None]:
     """Collects the lines that tracing warns of, each once; other warnings go their way."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", TracerWarning)
-        TracerWarning.ignore_lib_warnings()  # torch's own code looks at shapes only
         show = warnings.showwarning
 
         def note(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
@@ -146,7 +149,8 @@ def _noting(places: list[Place]) -> Iterator[None]:
 
 
 def _owners(root: nn.Module, places: Sequence[Place]) -> list[str]:
-    """The outermost modules in whose classes' code the places are."""
+    """The outermost modules in whose classes' code the places are; torch's own lines are in functions of many."""
+    places = [place for place in places if not _is_of_torch(place)]
     found: list[str] = []
     for name, inner in root.named_modules():
         if name and not any(name.startswith(f"{outer}.") for outer in found) and _holds(type(inner), places):
@@ -196,7 +200,7 @@ def _save(script: Any, path: Path) -> None:
 
 
 def _refused(places: Sequence[Place], obstacles: Sequence[str]) -> InputRefused:
-    lines = [_told(place) for place in places]
+    lines = [_told(place) for place in sorted(places, key=_is_of_torch)]
     decides = f"{lines[0]} decides by values of tensors" if lines else obstacles[0]
     return InputRefused(
         "DT310", f"the model must be one that torch.jit.trace or torch.jit.script takes (got: {decides})"[:2000],
@@ -207,7 +211,12 @@ def _refused(places: Sequence[Place], obstacles: Sequence[str]) -> InputRefused:
 
 
 def _told(place: Place) -> str:
-    return f"{Path(place[0]).name}:{place[1]}: `{linecache.getline(*place).strip()}`"
+    whose = " (torch's own)" if _is_of_torch(place) else ""
+    return f"{Path(place[0]).name}:{place[1]}: `{linecache.getline(*place).strip()}`{whose}"
+
+
+def _is_of_torch(place: Place) -> bool:
+    return place[0].startswith(_TORCH + os.sep)
 
 
 def _named(names: Sequence[str]) -> str:

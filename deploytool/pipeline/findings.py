@@ -23,6 +23,7 @@ def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[
         + str(artifact.settings.get("parity_run", "the very graph that the compiler was given"))]  # fmt: skip
     if find_backend(target.backend).accepts == "onnx":
         findings += prepared.notes
+    findings += prepared.info["notes"]
     if "input_grids" in artifact.settings:
         findings.append(f"the inputs of {artifact.settings['input_grids']} layers lie on learned grids: a number "
                         "between two codes may fall to either, so the limits are eased (docs/parity.md)")  # fmt: skip
@@ -38,7 +39,7 @@ def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[
     if coded and target.backend != "eager" and not artifact.settings.get("encoded"):
         findings.append(f"the model's {coded} quantized weights are stored in this target's own form, not as their "
                         "codes, which ort-int4 and ort-weight-int8 keep")  # fmt: skip
-    findings += _of_what_ran(target, artifact)
+    findings += [*_of_what_ran(target, artifact), *_of_script(artifact.settings)]
     if "note" in artifact.settings:
         findings.append(str(artifact.settings["note"]))
     return findings + saturation.told(artifact.settings, environment()["cpu_flags"])
@@ -59,6 +60,17 @@ def _of_what_ran(target: Target, artifact: Artifact) -> list[str]:
     plain = f"; {target.plain} computes the same without the loss" if target.plain else ""
     return [f"{artifact.precision} was asked for, and {own:.1%} of {of} runs in less than fp32 (by {ran['source']}"
             f"{uncounted}){plain}"]  # fmt: skip
+
+
+def _of_script(settings: Mapping[str, Any]) -> list[str]:
+    """What torch.jit.script compiled, or what a trace holds fixed that other inputs might decide otherwise."""
+    if "scripted" in settings:
+        names = ", ".join(name or "the whole model" for name in settings["scripted"])
+        return [f"torch.jit.script compiled {names}: all ways of its branches and loops are in the artifact"]
+    if not (fixed := settings.get("fixed_by_trace")):
+        return []
+    return [f"the trace holds one way where code decides by values or sizes, which is right for all samples; other "
+            f"inputs might take another (lines: {len(fixed)}, the first {fixed[0]})"]  # fmt: skip
 
 
 def _of_fast_path(differs: Mapping[str, Any]) -> str:

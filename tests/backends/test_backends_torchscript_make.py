@@ -14,9 +14,11 @@ torch = pytest.importorskip("torch")
 
 from deploytool.backends.base import Request, build_artifact, load_checked_target, open_artifact  # noqa: E402
 from deploytool.backends.cut import open_cuts  # noqa: E402
+from deploytool.backends.eager import as_tuple  # noqa: E402
 from deploytool.backends.torchscript_make import quiet_jit, save_script  # noqa: E402
 from deploytool.cases import Case  # noqa: E402
 from deploytool.errors import InputRefused  # noqa: E402
+from deploytool.load.flat import no_fast_path  # noqa: E402
 from deploytool.load.model import open_source  # noqa: E402
 from deploytool.source import ModelRef  # noqa: E402
 
@@ -48,6 +50,32 @@ def samples():
 """
 
 
+MASKED = """
+import torch
+from torch import nn
+
+INPUTS = {"x": ("batch", 5, 8), "mask": (5, 5)}
+CAUSAL = torch.triu(torch.ones(5, 5), 1) > 0
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x, mask):
+        return self.encoder(x, mask=mask)
+
+def build():
+    torch.manual_seed(0)
+    return Model().eval()
+
+def samples():
+    torch.manual_seed(1)
+    return [{"x": torch.randn(2, 5, 8), "mask": CAUSAL}, {"x": torch.randn(3, 5, 8), "mask": torch.zeros(5, 5) > 0}]
+"""
+
+
 def worst(workshop: Workshop, target: str, **build: Any) -> tuple[float, dict[str, Any]]:
     """The smallest cosine over samples and outputs, and the artifact's settings."""
     artifact = build_artifact(workshop.request("branching", load_checked_target(target), **build), {})
@@ -67,10 +95,10 @@ def test_what_decides_by_values_is_compiled(target: str, least: float, workshop:
 
 
 def test_the_trace_alone_is_wrong(workshop: Workshop) -> None:
-    """The samples must tell the ways apart: a trace, asked for, gives other outputs and says which lines it fixed."""
+    """The samples must tell the ways apart: a trace, asked for, gives other outputs and claims nothing of lines."""
     found, settings = worst(workshop, "torchscript", method="trace")
     assert found < 0.99 and settings["made_by"] == "trace"
-    assert any("branching.py" in line and "if bool(x.sum() > 0):" in line for line in settings["fixed_by_trace"])
+    assert "fixed_by_trace" not in settings
 
 
 def test_a_right_trace_is_taken(workshop: Workshop) -> None:
@@ -112,19 +140,39 @@ def test_a_script_that_differs_is_refused(workshop: Workshop, tmp_path: Path, mo
     assert any("torch.jit.script of chooser: output" in line for line in refused.value.detail)
 
 
-def test_helpers_outside_of_classes_are_compiled_with_the_model(tmp_path: Path, workshop: Workshop) -> None:
-    """Where no module's code holds the lines that decide, the whole model is compiled."""
-    (tmp_path / "free.py").write_text(FREE)
-    source = open_source(ModelRef("python", "free", str(tmp_path / "free.py")))
-    request = workshop.request("branching", load_checked_target("torchscript"))
-    request = replace(request, source=source, signature=source.signature)
-    assert save_script(source.flat, request, "auto", request.out / "model.pt")["scripted"] == [""]
+def _saved(workshop: Workshop, folder: Path, text: str) -> dict[str, Any]:
+    """What save_script says of a model of this text; its script must equal the module on all feeds."""
+    (folder / "free.py").write_text(text)
+    source = open_source(ModelRef("python", "free", str(folder / "free.py")))
+    feeds = [{name: tensor.numpy() for name, tensor in sample.items()} for sample in source.samples()]
+    request = replace(workshop.request("branching", load_checked_target("torchscript")), source=source,
+                      signature=source.signature, calibration=lambda: feeds, cases=lambda: feeds)  # fmt: skip
+    made = save_script(source.flat, request, "auto", request.out / "model.pt")
     with quiet_jit():
         script = torch.jit.load(str(request.out / "model.pt"))
-    for feeds in request.calibration():
-        x = torch.from_numpy(feeds["x"])
-        for got, right in zip(script(x), source.flat(x), strict=True):
-            assert np.allclose(got.detach(), right.detach(), atol=1e-6)
+    for one in feeds:
+        given = [torch.from_numpy(one[name]) for name in source.signature.input_names]
+        with torch.no_grad(), no_fast_path():
+            for got, right in zip(as_tuple(script(*given)), as_tuple(source.flat(*given)), strict=True):
+                assert np.allclose(got, right, atol=1e-5)
+    return made
+
+
+@pytest.mark.parametrize("asks", [
+    "bool(x.sum() > 0)", "torch.equal(x, x.abs())", "torch.allclose(x, x.abs())",
+    "torch.is_nonzero(torch.relu(x).sum())",
+])  # fmt: skip
+def test_helpers_outside_of_classes_are_compiled_with_the_model(tmp_path: Path, workshop: Workshop, asks: str) -> None:
+    """Where no module's code holds the lines that decide, warned of or not, the whole model is compiled."""
+    assert _saved(workshop, tmp_path, FREE.replace("bool(x.sum() > 0)", asks))["scripted"] == [""]
+
+
+def test_torchs_own_code_decides_by_values(tmp_path: Path, workshop: Workshop) -> None:
+    """torch looks whether a mask is the causal one: where masks differ the model is compiled, else the line named."""
+    assert _saved(workshop, tmp_path, MASKED)["scripted"] == [""]
+    alike = _saved(workshop, tmp_path, MASKED.replace("torch.zeros(5, 5) > 0", "CAUSAL"))
+    assert alike["made_by"] == "trace"
+    assert any("transformer.py" in line and "torch's own" in line for line in alike["fixed_by_trace"])
 
 
 def test_the_model_is_left_as_it_was(workshop: Workshop) -> None:

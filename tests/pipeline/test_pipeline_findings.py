@@ -20,7 +20,7 @@ class Prepared:
 
     notes: tuple[str, ...] = ()
     info: dict[str, Any] = field(
-        default_factory=lambda: {"synthetic": False, "fast_path": None, "encodings": {"of": 0}}
+        default_factory=lambda: {"synthetic": False, "notes": [], "fast_path": None, "encodings": {"of": 0}}
     )
 
 
@@ -64,3 +64,12 @@ def test_fp32_and_weights_alone_may_compute_in_fp32() -> None:
 def test_a_backends_note_is_a_finding() -> None:
     """What a backend could not do is in the report, not in the settings alone."""
     assert said("fbgemm", {"int8": 1.0}, note="projections stay fp32") == ["projections stay fp32"]
+
+
+def test_what_a_script_holds_is_a_finding() -> None:
+    """What was compiled, and which lines a trace holds fixed, is in the report."""
+    assert "compiled chooser" in said("torchscript", {"fp32": 1.0}, made_by="script", scripted=["chooser"])[0]
+    assert "the whole model" in said("torchscript", {"fp32": 1.0}, made_by="script", scripted=[""])[0]
+    (sentence,) = said("torchscript", {"fp32": 1.0}, made_by="trace", fixed_by_trace=["a.py:3: `if x:`", "a.py:7: `y`"])
+    assert "lines: 2" in sentence and "a.py:3: `if x:`" in sentence
+    assert said("torchscript", {"fp32": 1.0}, made_by="trace") == []
