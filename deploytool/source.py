@@ -66,6 +66,7 @@ class Source:
     made_assets    gives such files that are not on disk, by name: their text
     dependencies   files and folders that the model was read from, for the cache key
     synthetic      True when the samples are made up, since the model came with no data; reports say so
+    notes          what else reports have to say of the model
     original       the uncompressed model that a compressed one is verified against; None when this is one itself
     edits          structural changes made to the original's module, in their order, as `load.surgery` applies them
     masks          {parameter name: bool tensor}, False where a weight was pruned and must stay zero
@@ -88,6 +89,7 @@ class Source:
     made_assets: Callable[[], Mapping[str, str]] | None = None
     dependencies: tuple[Path, ...] = ()
     synthetic: bool = False
+    notes: tuple[str, ...] = ()
     original: ModelRef | None = None
     edits: tuple[Mapping[str, Any], ...] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)

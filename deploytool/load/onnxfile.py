@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from deploytool.signature import Dim, Outputs, TensorSpec
 from deploytool.source import ModelRef, Source
 
 _RUNTIME_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
+_UNKNOWN = ("No Op registered for ", "No opset import for domain ")  # how the checker's complaints of these begin
 _LOG_FATAL = 4
 
 
@@ -58,7 +59,7 @@ def open_onnx(ref: ModelRef) -> Source:
     not fit, DT310 for operators that ONNX Runtime does not have.
     """
     path = Path(ref.path)
-    model, external = read_onnx(path)
+    model, external, notes = read_onnx(path)
     inputs = _inputs(model.graph)
     module = OnnxModule(path, tuple(value.name for value in model.graph.output))
     module.eval()
@@ -76,11 +77,13 @@ def open_onnx(ref: ModelRef) -> Source:
         samples=lambda: iter(samples),
         dependencies=tuple(sorted({path, *external, *(file for file, _ in own)})),
         synthetic=ref.samples is None,
+        notes=notes,
     )
 
 
-def read_onnx(path: Path) -> tuple[ModelProto, set[Path]]:
-    """The model without its external data, and the files that hold that; refuses what is broken, foreign or unsafe."""
+def read_onnx(path: Path) -> tuple[ModelProto, set[Path], tuple[str, ...]]:
+    """The model without its external data, the files that hold that, and what ONNX's checker has against it that
+    ONNX Runtime has not; refuses what is broken, foreign or unsafe."""
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises a class of its own
@@ -89,24 +92,45 @@ def read_onnx(path: Path) -> tuple[ModelProto, set[Path]]:
         raise _refused(path, "it holds no graph with nodes, outputs and an operator set", [describe(path)])
     external = _external_files(path, model)
     _refuse_custom(path, model)
-    _check(path)
+    notes = _check(path, model)
     _refuse_nan(path, model)
-    return model, external
+    return model, external, notes
 
 
-def _check(path: Path) -> None:
-    """Refuse what neither ONNX's checker nor ONNX Runtime takes.
+def _check(path: Path, model: ModelProto) -> tuple[str, ...]:
+    """Refuse what ONNX's checker does, but for operators that it does not know and ONNX Runtime does; these are told.
 
-    The checker alone does not decide: graphs that ONNX Runtime has optimized and saved hold its own operators, some of
-    them under the standard's domain or before the operator set that brings them.
+    Graphs that ONNX Runtime has optimized and saved hold its own operators, some of them under the standard's domain
+    or before the operator set that brings them.
     """
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # ValidationError, or whatever the C++ side raises
+        said = str(error).strip()
+        if not said.startswith(_UNKNOWN):
+            raise _refused(path, f"got: {said[:500]}") from error
         try:
             _plain_session(path)
         except InputRefused as also:
-            raise _refused(path, f"got: {str(error).strip()[:500]}", [also.message]) from error
+            raise _refused(path, f"got: {said[:500]}", [also.message]) from error
+        if early := _early(model.graph, {""}):  # the checker stops at what it says first
+            raise _refused(path, f"a node reads {early!r} before it is made") from error
+        return (f"ONNX's checker does not know every operator of {path.name}, and ONNX Runtime does: "
+                f"{said.splitlines()[0]}",)  # fmt: skip
+    return ()
+
+
+def _early(graph: GraphProto, known: Set[str]) -> str:
+    """A value that a node reads and neither `known` ones nor earlier nodes give; "" where there is none."""
+    known = {*known, *(value.name for value in (*graph.input, *graph.initializer)),
+             *(sparse.values.name for sparse in graph.sparse_initializer)}  # fmt: skip
+    for node in graph.node:
+        inner = [g for a in node.attribute for g in (*([a.g] if a.HasField("g") else []), *a.graphs)]
+        early = next((name for name in node.input if name not in known), "")
+        if early := early or next(filter(None, (_early(body, known) for body in inner)), ""):
+            return early
+        known |= set(node.output)
+    return ""
 
 
 def _refused(path: Path, why: str, detail: Iterable[str] = ()) -> InputRefused:

@@ -75,6 +75,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
     prepared = {
         "name": source.ref.name,
         "synthetic": source.synthetic,
+        "notes": list(source.notes),
         "weights": weights,
         "shapes": shapes(source.signature, feeds),
         "cases": len(feeds),

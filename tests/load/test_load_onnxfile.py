@@ -230,6 +230,7 @@ def test_what_onnx_runtime_saved_is_taken(tmp_path: Path) -> None:
     with pytest.raises(onnx.checker.ValidationError):
         onnx.checker.check_model(str(path))
     source = opened(path)
+    assert len(source.notes) == 1 and "No Op registered for LayerNormalization" in source.notes[0]
     for sample in source.samples():
         (expected,) = plain.run(None, {"x": sample["x"].numpy()})
         torch.testing.assert_close(source.flat(sample["x"])[0], torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
@@ -243,6 +244,19 @@ def test_what_neither_knows_is_refused(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     error = refused(path)
     assert error.code == "DT307" and "Mystery" in error.message and "ONNX Runtime must open" in error.detail[0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_unsorted_graph_is_refused(tmp_path: Path, fused: bool) -> None:
+    """Nodes before those that they read must be refused, as must those behind an operator unknown to the checker."""
+    model = tiny_onnx.text_model(opset=16)
+    model.graph.node.insert(4, model.graph.node.pop())
+    if fused:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(8, np.float32), "scale"))
+        model.graph.node.insert(0, helper.make_node("LayerNormalization", ["weight", "scale"], ["unread"]))
+    assert [node.op_type for node in model.graph.node][-2:] == ["Relu", "MatMul"]
+    error = refused(tiny_onnx.save(model, tmp_path / "m.onnx"))
+    assert error.code == "DT307" and "'y'" in error.message
 
 
 @pytest.mark.parametrize("batches", [3, 1])

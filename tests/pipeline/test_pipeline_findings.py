@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ class Prepared:
     )
 
 
-def said(name: str, shares: dict[str, float], *, nodes: dict[str, float] | None = None, **settings: Any) -> list[str]:
-    """The findings of an artifact of a target that runs with these shares."""
+def said(
+    name: str, shares: dict[str, float], *, nodes: dict[str, float] | None = None, info: dict[str, Any] | None = None,
+    **settings: Any,
+) -> list[str]:  # fmt: skip
+    """The findings of an artifact of a target that runs with these shares, of a model with this `info`."""
     target = load_target(name)
     ran = {"compute_by_precision": shares, "nodes_by_precision": nodes or {"fp32": 1.0}, "uncounted": ["QLinearConv"],
            "source": "a profiler"}  # fmt: skip
@@ -34,7 +37,8 @@ def said(name: str, shares: dict[str, float], *, nodes: dict[str, float] | None 
         executes=True, signature=Signature((), ()), target=target.to_json(), model={}, history=(),
         settings={"ran": ran, **settings},
     )  # fmt: skip
-    return findings_of(target, artifact, Prepared())  # type: ignore[arg-type]
+    prepared = Prepared()
+    return findings_of(target, artifact, replace(prepared, info=prepared.info | (info or {})))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["ort-static-int8", "fbgemm", "openvino-int8", "ort-fp16", "trt-fp8"])
@@ -73,3 +77,10 @@ def test_what_a_script_holds_is_a_finding() -> None:
     (sentence,) = said("torchscript", {"fp32": 1.0}, made_by="trace", fixed_by_trace=["a.py:3: `if x:`", "a.py:7: `y`"])
     assert "lines: 2" in sentence and "a.py:3: `if x:`" in sentence
     assert said("torchscript", {"fp32": 1.0}, made_by="trace") == []
+
+
+def test_what_is_to_be_said_of_the_model_is_told() -> None:
+    """Whatever the target, the notes of the model that was opened must be findings."""
+    for target in ("ort", "openvino"):
+        assert said(target, {"fp32": 1.0}, info={"notes": ["the checker did not know it"]}) == [
+            "the checker did not know it"]  # fmt: skip
