@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -34,54 +35,18 @@ class OnnxRuntime:
         """Copy the graph (fp32) or quantize it (int8); whether it opens and is right is for verify to see."""
         options = tables.OnnxRuntimeBuild(**request.target.build)
         portable = portable_of(request)
-        without = list(options.without)
-        settings: dict[str, object] = {"optimization": options.optimization, "without": without,
-                                       "arena": options.arena, "flush": options.flush}  # fmt: skip
-        if options.format == "ort" and grids_of(portable):
+        settings: dict[str, Any] = {"optimization": options.optimization, "without": list(options.without),
+                                    "arena": options.arena, "flush": options.flush}  # fmt: skip
+        if grids_of(portable) and options.format == "ort":
             raise UsageProblem("DT202", 'build.format must be "onnx" for a model with learned grids of inputs '
                                         '(got "ort"), whose fusion is chosen when the file is opened')  # fmt: skip
-        # What rewrites graphs brings the onnx package, which no runner needs in its memory.
-        if request.target.precision == "int8" and options.scheme != "weights" and grids_of(portable):
-            from deploytool.backends.onnx_learned import write_learned
-            from deploytool.backends.onnx_static import APART
-
-            without += APART
-            settings |= write_learned(portable, request, "onnxruntime")
-            return Built("onnx", ENTRY, "int8", settings=settings)
-        match request.target.precision, options.scheme:
-            case "fp32", _:
-                settings |= _plain(portable, request.out, options) | grids_of(portable)
-            case "int8", "dynamic":
-                from deploytool.backends.ort_int8 import quantize
-
-                settings |= quantize(portable.main_file, request, options, request.out / ENTRY)
-            case "int8", "static":
-                from deploytool.backends.onnx_qdq import Scheme
-                from deploytool.backends.onnx_static import APART, Options, quantize_static
-
-                without += APART
-                static = Options(options, options.int8_ops, options.calibration, options.calibration_samples,
-                                 Scheme(7 if options.reduce_range else 8))  # fmt: skip
-                settings |= quantize_static(portable.main_file, request, static, request.out / ENTRY)
-            case "fp16", _:
-                from deploytool.backends.onnx_fp16 import refuse_grids, write_fp16
-
-                refuse_grids(portable, "ONNX Runtime")
-                feeds = sensitivity.spread(request.calibration(), options.calibration_samples)
-                full = (*options.fp32_ops, *_NO_FP16)
-                settings |= write_fp16(portable.main_file, feeds, full, request.out / ENTRY)
-                if options.optimization == "all":  # its layouts end the process by a signal at some fp16 graphs
-                    settings["optimization"] = "extended"
-            case _:  # int8 or int4 of the weights alone
-                from deploytool.backends.ort_graph import write_weight_only
-
-                settings |= write_weight_only(portable, request, options)
+        settings |= _write(portable, request, options)
         if decodes(request.signature) and (request.out / "tokenizer.json").is_file():
             ship(Path(ort_generate.__file__), request.out)
         if options.format == "ort":
             from deploytool.backends import ort_format
 
-            saved = ort_format.write_ort(request.out / ENTRY, options.optimization, without)
+            saved = ort_format.write_ort(request.out / ENTRY, options.optimization, settings["without"])
             return Built("onnx", ort_format.ENTRY, request.target.precision, settings={**settings, "saved": saved})
         return Built("onnx", ENTRY, request.target.precision, settings=settings)
 
@@ -127,6 +92,42 @@ class SessionRunner(EngineRunner):
     def _run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         outputs: list[np.ndarray] = self.session.run(list(self.signature.output_names), feeds)
         return outputs
+
+
+def _write(portable: Artifact, request: Request, options: tables.OnnxRuntimeBuild) -> dict[str, Any]:
+    """Write the graph in the profile's precision; settings of the artifact.
+
+    What rewrites graphs is imported here: it brings the onnx package, which no runner needs in its memory.
+    """
+    out, precision = request.out / ENTRY, request.target.precision
+    learned = grids_of(portable) and precision == "int8" and options.scheme != "weights"
+    if learned or (precision, options.scheme) == ("int8", "static"):
+        from deploytool.backends.onnx_learned import write_learned
+        from deploytool.backends.onnx_qdq import Scheme
+        from deploytool.backends.onnx_static import APART, Options, quantize_static
+
+        static = Options(options, options.int8_ops, options.calibration, options.calibration_samples,
+                         Scheme(7 if options.reduce_range else 8))  # fmt: skip
+        done = write_learned(portable, request, "onnxruntime") if learned else quantize_static(
+            portable.main_file, request, static, out)  # fmt: skip
+        return {**done, "without": [*options.without, *APART]}
+    if precision == "fp32":
+        return {**_plain(portable, request.out, options), **grids_of(portable)}
+    if precision == "fp16":
+        from deploytool.backends.onnx_fp16 import refuse_grids, write_fp16
+
+        refuse_grids(portable, "ONNX Runtime")
+        feeds = sensitivity.spread(request.calibration(), options.calibration_samples)
+        done = write_fp16(portable.main_file, feeds, (*options.fp32_ops, *_NO_FP16), out)
+        # What "all" adds, layouts, ends the process by a signal at some fp16 graphs.
+        return {**done, "optimization": "extended"} if options.optimization == "all" else done
+    if (precision, options.scheme) == ("int8", "dynamic"):
+        from deploytool.backends.ort_int8 import quantize
+
+        return quantize(portable.main_file, request, options, out)
+    from deploytool.backends.ort_graph import write_weight_only  # int8 or int4 of the weights alone
+
+    return write_weight_only(portable, request, options)
 
 
 def _plain(portable: Artifact, out: Path, options: tables.OnnxRuntimeBuild) -> dict[str, object]:

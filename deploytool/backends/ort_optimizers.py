@@ -27,8 +27,4 @@ TRANSFORMERS = frozenset({
     "ReshapeFusion", "SimplifiedLayerNormFusion", "SkipLayerNormFusion", "SliceConcatToSpaceToDepthFusion",
     "TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider", "WeightBiasQuantization", "WhereDummyDq",
 })  # fmt: skip
-# They run whatever is left out.
-ALWAYS = frozenset({"CastFloat16Transformer", "EnsureUniqueDQForNodeUnit", "FreeDimensionOverrideTransformer",
-                    "FuseFp16InitializerToFp32NodeTransformer", "MemcpyTransformer",
-                    "RemoveDuplicateCastTransformer"})  # fmt: skip
 NAMES = RULES | TRANSFORMERS
