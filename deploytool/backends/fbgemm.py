@@ -111,9 +111,8 @@ def _build_static(module: nn.Module, request: Request, options: tables.FbgemmBui
 
 def _build_learned(source: Source, request: Request, options: tables.FbgemmBuild) -> Built:
     names = request.signature
-    excluded = tuple(name.removeprefix("module.") for name in options.exclude)
     with _quiet(), no_fast_path():
-        module, settings = quantize_learned(source, excluded)
+        module, settings = quantize_learned(source, options.exclude)
         flat = FlatModule(module, names.input_names, names.output_names)
         made = save_script(flat, request, options.method, request.out / ENTRY)
     settings = settings | unused_beside_grids(options, but=("exclude",))

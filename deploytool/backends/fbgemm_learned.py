@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.modules.linear import LinearPackedParams
 from torch.nn.functional import unfold
 
+from deploytool.backends.linear_ranking import is_inside
 from deploytool.encoding import Encoding
 from deploytool.errors import InputRefused
 from deploytool.load.grid import as_matrix, quantize
@@ -73,7 +74,7 @@ def has_learned(module: nn.Module) -> bool:
 
 
 def quantize_learned(source: Source, exclude: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]]:
-    """An int8 copy of the source's module and what the artifact says of it.
+    """An int8 copy of the source's module, without what `exclude` names of source.flat, and what the artifact says.
 
     Layers that cannot be computed so stay as they are, grids simulated in fp32, with the reason. InputRefused DT310
     when that is every layer.
@@ -86,7 +87,7 @@ def quantize_learned(source: Source, exclude: tuple[str, ...]) -> tuple[nn.Modul
         if not isinstance(getattr(layer, CHILD, None), InputGrid):
             continue
         encoding = source.encodings.get(f"{name}.weight".lstrip("."))
-        why = "exclude names it" if name in exclude else _obstacle(layer, encoding)
+        why = "exclude names it" if is_inside(f"module.{name}".rstrip("."), exclude) else _obstacle(layer, encoding)
         if why or encoding is None:
             refused[name] = why
             continue
@@ -98,7 +99,7 @@ def quantize_learned(source: Source, exclude: tuple[str, ...]) -> tuple[nn.Modul
                            detail=[f"{name}: {why}" for name, why in refused.items()][:10],
                            fix='set scheme = "static" or "dynamic", or choose an fp32 target')  # fmt: skip
     return module, {"scheme": "learned", "int8": dict(Counter(done)), "encoded": len(done),
-                    "encodings_not_taken": refused, "weight_bits": bits}  # fmt: skip
+                    "encodings_not_taken": refused, "kept_fp32": list(exclude), "weight_bits": bits}  # fmt: skip
 
 
 def _obstacle(layer: nn.Module, encoding: Encoding | None) -> str:

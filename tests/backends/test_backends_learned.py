@@ -122,6 +122,17 @@ def test_what_learned_scales_take_the_place_of_is_told(
     assert sorted(note.partition(" taken: ")[2].partition(" of ")[0].split(", ")) == sorted(build)
 
 
+def test_layers_inside_an_excluded_module_stay_fp32(lowered: Lowered, tmp_path: Path) -> None:
+    """`exclude` keeps a named module with all that it holds, on learned scales too, and settings list it."""
+    made = lowered("attention")
+    request = _request(made, "fbgemm", tmp_path / "out")
+    profile = request.target.model_copy(update={"build": {**request.target.build, "exclude": ["module.blocks.0"]}})
+    settings = build_artifact(dataclasses.replace(request, target=profile), {}).settings
+    inside = {f"blocks.0.{name}" for name in ("q", "k", "v", "out", "up", "down")}
+    assert settings["kept_fp32"] == ["module.blocks.0"] and inside == set(settings["encodings_not_taken"])
+    assert settings["encoded"] == len(made[0].encodings) - len(inside) and "note" not in settings
+
+
 def test_executorch_computes_nearly_what_was_trained(lowered: Lowered, tmp_path: Path) -> None:
     """XNNPACK rounds the results of layers too, for which no scale was learned; inputs and weights keep theirs."""
     made = lowered("conv")
