@@ -41,11 +41,12 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What can be asked of a model without building it."""
+    """What can be asked of a model without building it; `notes` say what cannot, and why."""
 
     evaluate: Callable[[Predict], dict[str, float]] | None = None
     lower_is_better: tuple[str, ...] = ()
     prompts: Callable[[], list[list[int]]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ from torch.nn.functional import cross_entropy
 
 from deploytool.load.causal_lm import inputs_for
 from deploytool.load.texts import Tokenize, sentences, tokenizer_of
+from deploytool.source import Hooks
 
 LOWER_IS_BETTER = ("perplexity",)
 _WINDOWS, _WINDOW = 16, 256  # of text, tokens in each; fewer where the model has fewer positions
 _SAMPLED = 400  # sentences at the beginning, which samples are made of
 _PROMPTS = (12, 20, 28, 33, 40)  # tokens
 _NEW = 32  # what is decoded after a prompt must have positions too
+_LEAST = 2  # tokens of a window: the first has no loss
 
 Predict = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -33,6 +35,16 @@ class HeldOut:
     config: Any
     tokenize: Tokenize
 
+    def hooks(self) -> Hooks:
+        """What the model has the positions for; notes say what is left out."""
+        if self._positions < _LEAST:
+            note = f"perplexity and greedy tokens are not measured: the model has {self._positions} positions"
+            return Hooks(notes=(note,))
+        if self._positions <= _NEW:
+            note = f"greedy tokens are not compared: {_NEW} after a prompt do not fit {self._positions} positions"
+            return Hooks(self.evaluate, LOWER_IS_BETTER, notes=(note,))
+        return Hooks(self.evaluate, LOWER_IS_BETTER, self.prompts)
+
     def evaluate(self, predict: Predict, record: Callable[[str, Sequence[float]], None] | None = None
                  ) -> dict[str, float]:  # fmt: skip
         """Perplexity over windows of text; the scores of the windows are their losses in nats."""
@@ -42,8 +54,8 @@ class HeldOut:
         return {"perplexity": math.exp(fmean(losses))}
 
     def prompts(self) -> list[list[int]]:
-        """The beginnings of five windows, 12 to 40 tokens where the model has the positions."""
-        most = max(1, self._positions - _NEW)
+        """The beginnings of five windows, 12 to 40 tokens, fewer where positions are; the model has more than 32."""
+        most = self._positions - _NEW
         return [row[: min(length, most)].tolist() for row, length in zip(self._windows, _PROMPTS, strict=False)]
 
     @cached_property

@@ -56,6 +56,7 @@ def open_huggingface(ref: ModelRef) -> Source:
         prompts=hooks.prompts,
         assets=assets,
         synthetic=inputs.synthetic,
+        notes=hooks.notes,
         dependencies=tuple(sorted(p for p in folder.iterdir() if p.is_file())),
     )
 
@@ -76,10 +77,10 @@ def _about(ref: ModelRef) -> tuple[Path, Any, str]:
 def _hooks(task: str, config: Any, folder: Path) -> Hooks:
     if task != "causal":
         return Hooks()
-    from deploytool.load.held_out import LOWER_IS_BETTER, held_out  # see _module
+    from deploytool.load.held_out import held_out  # see _module
 
     text = held_out(config, folder)
-    return Hooks() if text is None else Hooks(text.evaluate, LOWER_IS_BETTER, text.prompts)
+    return Hooks() if text is None else text.hooks()
 
 
 def _weights(kind: Any, folder: Path) -> Any:

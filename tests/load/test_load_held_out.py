@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,36 @@ def test_few_positions_are_enough() -> None:
     assert small._windows.shape == (16, 48)
     assert [len(prompt) for prompt in small.prompts()] == [12, 16, 16, 16, 16]
     assert [len(prompt) for prompt in text().prompts()] == [12, 20, 28, 33, 40]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize(("positions", "measured", "decoded"), [
+    (1, False, False), (2, True, False), (32, True, False), (33, True, True),
+])  # fmt: skip
+def test_what_has_no_positions_is_left_out(begins: bool, positions: int, measured: bool, decoded: bool) -> None:
+    """Nothing may be fed beyond the last position, nor a window without a loss; what is left out is told."""
+    hooks = text(begins, max_position_embeddings=positions).hooks()
+    assert (hooks.evaluate is not None, hooks.prompts is not None) == (measured, decoded)
+    assert len(hooks.notes) == (not decoded) and all("positions" in note for note in hooks.notes)
+    if hooks.prompts is not None:
+        assert max(map(len, hooks.prompts())) + 32 <= positions
+
+    def equal(feeds: dict[str, Any]) -> dict[str, Any]:
+        assert feeds["input_ids"].shape[1] <= positions
+        return {"logits": torch.zeros(*feeds["input_ids"].shape, SIZE)}
+
+    if hooks.evaluate is not None:
+        assert hooks.evaluate(equal) == {"perplexity": pytest.approx(SIZE)}
+
+
+def test_a_short_models_folder_tells_what_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """The source of a folder whose model has few positions must carry the note, and no prompts."""
+    short = tmp_path / "short"
+    shutil.copytree(folder, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    source = open_source(ref(short))
+    assert source.evaluate is not None and source.prompts is None and "24 positions" in source.notes[0]
 
 
 def test_a_folder_with_its_tokenizer_is_measured(folder: Path, tmp_path: Path) -> None:
