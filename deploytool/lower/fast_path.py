@@ -21,7 +21,7 @@ def fast_path_differs(source: Source, cases: Path) -> dict[str, Any] | None:
     """How far outputs on the fast path are from the recorded ones; None where they are the same.
 
     {"cases": how many differ, "of": how many there are, "outputs": their names, "largest": the largest difference over
-    the largest output, "failed": what torch said against a case, or None}
+    the largest output, "failed": what was said against the last case that did not run, or None}
     """
     if not any(isinstance(module, FUSED) for module in source.module.modules()):
         return None
@@ -34,10 +34,10 @@ def fast_path_differs(source: Source, cases: Path) -> dict[str, Any] | None:
             with torch.inference_mode():
                 # Of copies: a module may change its inputs in place.
                 outputs = module(*(torch.from_numpy(case.inputs[n].copy()) for n in source.signature.input_names))
+            distances = {n: _distance(case.reference[n], t) for n, t in zip(names, outputs, strict=True)}
         except Exception as error:  # nested tensors have limits of their own
             found["failed"] = f"it fails: {str(error)[:200]}"
             continue
-        distances = {n: _distance(case.reference[n], t) for n, t in zip(names, outputs, strict=True)}
         differing = {n: distance for n, distance in distances.items() if distance > _SAME}
         found["cases"] += bool(differing)
         found["outputs"] = list(dict.fromkeys([*found["outputs"], *differing]))
@@ -46,8 +46,11 @@ def fast_path_differs(source: Source, cases: Path) -> dict[str, Any] | None:
 
 
 def _distance(expected: np.ndarray, got: Tensor) -> float:
-    """The largest difference over the largest output, 1 where NaN came out; of whole numbers the share of others."""
+    """The largest difference over the largest output, 1 where NaN or another shape came out; of whole numbers the
+    share of others."""
     given = got.numpy()
+    if given.shape != expected.shape:
+        return 1.0
     if expected.dtype.kind != "f":
         return float(np.mean(expected != given)) if expected.size else 0.0
     apart = expected != given  # infinities may be equal

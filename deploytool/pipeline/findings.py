@@ -74,8 +74,9 @@ def _of_script(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _of_fast_path(differs: Mapping[str, Any]) -> str:
-    found = differs["failed"] or (f"by up to {differs['largest']:.2g} of the largest output, in {differs['cases']} of "
-                                  f"{differs['of']} cases: {', '.join(differs['outputs'])}")  # fmt: skip
+    far = (f"by up to {differs['largest']:.2g} of the largest output, in {differs['cases']} of {differs['of']} cases: "
+           f"{', '.join(differs['outputs'])}") if differs["cases"] else ""  # fmt: skip
+    found = "; ".join(filter(None, (far, differs["failed"])))
     return (f"on torch's fast path for nn.TransformerEncoder, which PyTorch takes by itself, the outputs differ "
             f"({found}): it leaves zeros where a padding mask hides tokens. Parity is with the module without it; "
             "eager's metric and time are with it (docs/parity.md)")  # fmt: skip

@@ -78,6 +78,33 @@ def test_only_what_differs_is_told(
         assert {**found, "largest": 0} == {"cases": 1, "of": 1, "outputs": ["output"], "largest": 0, "failed": None}
 
 
+class Cut(torch.nn.Module):
+    """On the fast path it gives the rows that are seen alone, and it fails on negative ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, x: Any) -> Any:
+        if torch.backends.mha.get_fastpath_enabled():
+            if x.min() < -100:
+                raise ValueError("negative")
+            return self.encoder(x, None)[:, :2]
+        return self.encoder(x, None)
+
+
+def test_a_case_that_fails_does_not_hide_the_others(make_source: Callable[..., Any], tmp_path: Path) -> None:
+    """Another shape counts as wholly different, and what fails is told beside the figures of what does not."""
+    module = Cut().eval().requires_grad_(False)
+    samples = [torch.randn(1, 5, 12), torch.randn(1, 5, 12) - 200]
+    source = make_source(module, {"x": (1, 5, 12)}, {"output": (1, 5, 12)}, [(x,) for x in samples])
+    flat = FlatModule(module, ("x",), ("output",))
+    for number, x in enumerate(samples):
+        Case({"x": x.numpy()}, reference={"output": flat(x)[0].numpy()}).save(tmp_path / f"{number:03d}.npz")
+    found = fast_path_differs(source, tmp_path)
+    assert found == {"cases": 1, "of": 2, "outputs": ["output"], "largest": 1.0, "failed": "it fails: negative"}
+
+
 def test_other_modules_are_not_run_again(make_source: Callable[..., Any], tmp_path: Path) -> None:
     """Where no module has a fast path there must be no cost: not even the cases are read."""
     source = make_source(torch.nn.Linear(3, 2), {"x": ("b", 3)}, {"y": ("b", 2)}, [(torch.zeros(2, 3),)])

@@ -84,3 +84,14 @@ def test_what_is_to_be_said_of_the_model_is_told() -> None:
     for target in ("ort", "openvino"):
         assert said(target, {"fp32": 1.0}, info={"notes": ["the checker did not know it"]}) == [
             "the checker did not know it"]  # fmt: skip
+
+
+def test_the_fast_paths_failure_and_figures_are_both_told() -> None:
+    """A case that fails on torch's fast path must not hide how far the others are, nor they it."""
+    far = {"cases": 3, "of": 8, "outputs": ["y"], "largest": 0.25, "failed": None}
+    none = {"cases": 0, "of": 8, "outputs": [], "largest": 0.0, "failed": "it fails: nested"}
+    for found, words in ((far, ("(by up to 0.25 of the largest output, in 3 of 8 cases: y)",)),
+                         (none, ("(it fails: nested)",)),
+                         (far | {"failed": "it fails: nested"}, ("0.25", "3 of 8", "it fails: nested"))):  # fmt: skip
+        (sentence,) = said("ort", {"fp32": 1.0}, info={"fast_path": found})
+        assert all(word in sentence for word in words)
