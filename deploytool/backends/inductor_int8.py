@@ -26,6 +26,7 @@ from deploytool.backends.inductor import ENTRY, exported, instructions, keep_pro
 from deploytool.backends.linear_ranking import LinearRanking, check_names, plain_linears
 from deploytool.backends.ran_inductor import int8_calls
 from deploytool.backends.torchscript_make import example
+from deploytool.backends.used_settings import unused_beside_grids
 from deploytool.errors import EnvironmentLacking, InputRefused
 from deploytool.load.flat import no_fast_path
 from deploytool.runner import Runner
@@ -100,6 +101,9 @@ class _Search:
         settings = {"scheme": scheme, "int8": dict(kinds), "kept_fp32": [*self.options.exclude, *kept],
                     "weight_bits": bits, **_learned(result.learned),
                     **(_saturation(result.program) if self._may_saturate(result.learned) else {})}  # fmt: skip
+        if scheme == "learned":
+            own_bits = () if set(static) <= set(result.learned.weights) else ("weight_bits",)
+            settings |= unused_beside_grids(self.options, but=("exclude", *own_bits))
         if calibrated:
             settings |= {"calibration": method, "calibration_feeds": len(feeds), "calibration_loss": loss}
         return separated(result.program, self.signature), settings

@@ -56,7 +56,10 @@ _WAYS: Mapping[str, Callable[[str, Mapping[str, Any]], str]] = {
 _DYNAMIC, _STATIC, _AUTO, _WEIGHTS = (f'int8 with scheme = "{s}"' for s in ("dynamic", "static", "auto", "weights"))
 _CALIBRATED = tuple(f'{p} with rest = "{r}"' for p in ("int8", "fp8", "int4") for r in ("fp16", "bf16"))
 _ROUNDED = ("int8", "fp8", "int4", *_CALIBRATED)
-_ROUNDING = ("keep_fp32", "exclude", "calibration", "reduce_range", "weight_bits", "preset", "max_drop", "embeddings")
+_NOT_OF_ROUNDING = frozenset({
+    "scheme", "engine", "method", "cpu", "keep_program", "optimization", "without", "arena", "flush", "format", "hint",
+    "stateful", "profile", "rest",
+})  # fmt: skip
 _BUILT = ("keep_fp32", "exclude", "samples")
 
 # The ways in which a setting does something; those that are not named here do in all.
@@ -109,7 +112,7 @@ def unused_beside_grids(options: Table, but: tuple[str, ...] = ()) -> dict[str, 
     Only the model tells: its scales are taken, and so nothing is refused. `but` names what is used all the same.
     """
     fields = type(options).model_fields
-    idle = [name for name in _ROUNDING if name in fields and name not in but
+    idle = [name for name in fields if name not in _NOT_OF_ROUNDING and name not in but
             and getattr(options, name) != fields[name].get_default(call_default_factory=True)]  # fmt: skip
     if not idle:
         return {}

@@ -107,9 +107,9 @@ def test_the_engine_computes_what_was_trained(
 
 
 @pytest.mark.parametrize(("target", "build"), [
-    ("ort-int8", {"keep_fp32": 2, "reduce_range": False}),
-    ("openvino-int8", {"max_drop": 0.1, "preset": "performance"}),
-    ("fbgemm", {"keep_fp32": 2, "weight_bits": 8}),
+    ("ort-int8", {"keep_fp32": 2, "reduce_range": False, "samples": 2, "op_types": ["MatMul"]}),
+    ("openvino-int8", {"max_drop": 0.1, "preset": "performance", "calibration_samples": 2}),
+    ("fbgemm", {"keep_fp32": 2, "weight_bits": 8, "recurrent": False}),
 ])  # fmt: skip
 def test_what_learned_scales_take_the_place_of_is_told(
     lowered: Lowered, tmp_path: Path, target: str, build: dict[str, Any]
@@ -120,6 +120,26 @@ def test_what_learned_scales_take_the_place_of_is_told(
     profile = request.target.model_copy(update={"build": {**request.target.build, **build}})
     note = build_artifact(dataclasses.replace(request, target=profile), {}).settings["note"]
     assert sorted(note.partition(" taken: ")[2].partition(" of ")[0].split(", ")) == sorted(build)
+
+
+def test_inductor_tells_what_learned_scales_take_the_place_of(lowered: Lowered, tmp_path: Path) -> None:
+    """The same holds before Inductor compiles; where weights learned no scale their bits are still the profile's."""
+    pytest.importorskip("torchao")
+    from deploytool.backends import inductor_int8, tables  # here: it needs torchao
+
+    request = _request(lowered("mlp"), "inductor-int8", tmp_path / "out")
+    source = lowered("mlp")[0]
+    idle = {"keep_fp32": 2, "calibration": "min-max", "calibration_samples": 2, "samples": 2}
+
+    def said(source: Source, **build: Any) -> str:
+        options = tables.InductorInt8Build(**build)
+        settings: Any = inductor_int8._Search(source, request, options).best()[1]
+        assert settings["scheme"] == "learned"
+        return str(settings.get("note", ""))
+
+    assert said(source, exclude=["module.0"], cpu="avx2") == ""
+    assert all(name in said(source, **idle, weight_bits=8) for name in (*idle, "weight_bits"))
+    assert "weight_bits" not in said(dataclasses.replace(source, encodings={}), **idle, weight_bits=8)
 
 
 def test_layers_inside_an_excluded_module_stay_fp32(lowered: Lowered, tmp_path: Path) -> None:
