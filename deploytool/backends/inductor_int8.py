@@ -193,9 +193,7 @@ def widened(program: ExportedProgram, signature: Signature) -> ExportedProgram:
     changed = [node for node in single if _widen(module, node)]
     if not changed:
         return program
-    module.recompile()
-    arguments, _ = program.example_inputs or ((), {})
-    return export_module(module, signature, tuple(arguments))
+    return _exported_again(module, program, signature)
 
 
 def separated(program: ExportedProgram, signature: Signature) -> ExportedProgram:
@@ -214,6 +212,11 @@ def separated(program: ExportedProgram, signature: Signature) -> ExportedProgram
                 user.replace_input_with(node, module.graph.call_function(node.target, (own, *node.args[1:])))
     if not shared:
         return program
+    return _exported_again(module, program, signature)
+
+
+def _exported_again(module: GraphModule, program: ExportedProgram, signature: Signature) -> ExportedProgram:
+    """The changed module as a program, exported with the example inputs that it was made with."""
     module.recompile()
     arguments, _ = program.example_inputs or ((), {})
     return export_module(module, signature, tuple(arguments))
