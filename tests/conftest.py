@@ -24,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes by far the longest comes first: of several processes none waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_main_job.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Lowered models and logs of this run: shared by its tests, never the user's."""
