@@ -16,7 +16,7 @@ from deploytool.target import Limits
 
 # Times the reference's own noise, and the least limit: both from clean exports, see docs/parity.md.
 _HEADROOM = {"fp32": 16.0, "fp16": 8.0, "int8": 6.0}
-_LEAST = {"fp32": 512 * 2.0**-24, "fp16": 16 * 2.0**-11, "int8": 0.03}
+LEAST = {"fp32": 512 * 2.0**-24, "fp16": 16 * 2.0**-11, "int8": 0.03}
 _FIGURES = {"fp32": ("fp64", "shuffled"), "fp16": ("fp16",), "int8": ("int8",)}
 _DYNAMIC = ("onnxruntime", "fbgemm", "inductor_int8")
 _WORDS = {
@@ -53,7 +53,7 @@ def _derive(figures: Mapping[str, float], precision: str, ceiling: float) -> dic
         return {"relative_error_max": ceiling, "noise": None,
                 "from": "the profile's cosine_min: the reference's own noise is not known"}  # fmt: skip
     size = max(known.values())
-    limit, least = _HEADROOM[precision] * size, _LEAST[precision]
+    limit, least = _HEADROOM[precision] * size, LEAST[precision]
     words = " and ".join(f"{_WORDS[name]} ({value:.2g})" for name, value in known.items())
     said = f"{_HEADROOM[precision]:g} times the reference's own noise: {words}"
     if limit < least:

@@ -70,10 +70,23 @@ def compare_quality(
         quality[name]["paired"] = paired(name, scores, candidate.get("scores", {}).get(name, []))
     if not reference["tokens"]:
         return quality, None
-    pairs = [(a, b) for r, c in zip(reference["tokens"], candidate["tokens"], strict=True)
-             for a, b in zip(r, c, strict=True)]  # fmt: skip
-    same = sum(a == b for a, b in pairs)
-    return quality, {"prompts": len(reference["tokens"]), "tokens": len(pairs), "agreement": same / len(pairs)}
+    return quality, _generation(reference["tokens"], reference["rivals"], candidate["tokens"])
+
+
+def _generation(
+    reference: Sequence[Sequence[int]], rivals: Sequence[Sequence[int | None]], candidate: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """What both decoded, token by token. Where the candidate first differs by a near tie of the reference's, nothing
+    follows that could be compared: the sentences differ from there, and neither is wrong."""
+    compared = same = ties = 0
+    for wanted, near, got in zip(reference, rivals, candidate, strict=True):
+        parts = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=True)) if a != b), len(wanted))
+        tied = parts < len(wanted) and near[parts] == got[parts]
+        ties += tied
+        compared += parts if tied else len(wanted)
+        same += sum(a == b for a, b in zip(wanted[:parts] if tied else wanted, got, strict=False))
+    return {"prompts": len(reference), "tokens": compared, "ties": ties,
+            "agreement": same / compared if compared else 0.0}  # fmt: skip
 
 
 def paired(name: str, reference: Sequence[float], candidate: Sequence[float]) -> dict[str, Any]:

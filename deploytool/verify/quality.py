@@ -16,7 +16,7 @@ from deploytool.errors import DeployError, InputRefused, nearest
 from deploytool.load.model import open_hooks
 from deploytool.load.predict import tensor_predict
 from deploytool.source import ModelRef
-from deploytool.verify.generation import greedy
+from deploytool.verify.generation import greedy_and_rivals
 
 NEW_TOKENS = 32
 
@@ -24,13 +24,15 @@ NEW_TOKENS = 32
 def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
     """Evaluate an artifact with the hooks of the model `ref` (in a worker).
 
-    Returns {"metrics": {name: value}, "scores": {name: [number of each sample, ...]}, "tokens": [[id, ...], ...]};
-    empty where the model has no such hook, or its evaluate() does not take `record`.
+    Returns {"metrics": {name: value}, "scores": {name: [number of each sample, ...]}, "tokens": [[id, ...], ...],
+    "rivals": [[id or None, ...], ...]}, a rival being what nearly tied with the token; empty where the model has no
+    such hook, or its evaluate() does not take `record`.
     """
     hooks = open_hooks(ModelRef(**ref))
     metrics: dict[str, float] = {}
     scores: dict[str, list[float]] = {}
     tokens: list[list[int]] = []
+    rivals: list[list[int | None]] = []
     with open_as_used(Artifact.load(Path(artifact), check=False)) as runner:
         if hooks.evaluate is not None:
             recorded = {"record": partial(_record, scores)} if _records(hooks.evaluate) else {}
@@ -42,8 +44,11 @@ def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
                 raise InputRefused("DT313", "LOWER_IS_BETTER must name metrics that evaluate() gives "
                                    f"(got {', '.join(unknown)})", detail=[nearest(unknown[0], metrics)])  # fmt: skip
         if hooks.prompts is not None:
-            tokens = [greedy(runner, prompt, NEW_TOKENS) for prompt in _prompts(_run("prompts", hooks.prompts))]
-    return {"metrics": metrics, "scores": scores, "tokens": tokens}
+            for prompt in _prompts(_run("prompts", hooks.prompts)):
+                found, near = greedy_and_rivals(runner, prompt, NEW_TOKENS)
+                tokens.append(found)
+                rivals.append(near)
+    return {"metrics": metrics, "scores": scores, "tokens": tokens, "rivals": rivals}
 
 
 def _records(evaluate: Callable[..., Any]) -> bool:

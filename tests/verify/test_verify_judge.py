@@ -54,13 +54,31 @@ def test_what_two_evaluations_make_of_each_other() -> None:
 
 def test_generation_agreement() -> None:
     """The share of equal tokens over all prompts must be counted, and held to the profile's limit where it has one."""
-    reference: dict[str, Any] = {"metrics": {}, "tokens": [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]}
+    reference: dict[str, Any] = {"metrics": {}, "tokens": [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]],
+                                 "rivals": [[None] * 4, [None] * 6]}  # fmt: skip
     candidate = {"metrics": {}, "tokens": [[1, 2, 3, 4], [5, 6, 0, 0, 9, 10]]}
     _, generation = compare_quality(reference, candidate, ())
-    assert generation == {"prompts": 2, "tokens": 10, "agreement": 0.8}
+    assert generation == {"prompts": 2, "tokens": 10, "ties": 0, "agreement": 0.8}
     assert "must be at least 0.9 (got 0.8000)" in judge_quality({}, generation, LIMITS)[0]
     assert judge_quality({}, generation, Limits(cosine_min=0, generation_min=0.8)) == []
     assert judge_quality({}, generation, Limits(cosine_min=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("rivals", "got", "tokens", "ties", "agreement"),
+    [
+        ([None, None, 7, None], [1, 2, 7, 9], 2, 1, 1.0),  # parted at the near tie: what follows is another sentence
+        ([None, None, 8, None], [1, 2, 7, 9], 4, 0, 0.5),  # a third token is no tie
+        ([None, 7, None, 9], [1, 2, 7, 9], 4, 0, 0.5),  # nor are near ties after it parted, or elsewhere
+        ([7, None, None, None], [7, 2, 3, 4], 0, 1, 0.0),  # nothing was compared
+    ],
+)
+def test_near_ties(rivals: list[int | None], got: list[int], tokens: int, ties: int, agreement: float) -> None:
+    """Where the reference itself could have gone on either way, a candidate that goes the other way is not wrong."""
+    reference = {"metrics": {}, "tokens": [[1, 2, 3, 4]], "rivals": [rivals]}
+    _, generation = compare_quality(reference, {"metrics": {}, "tokens": [got]}, ())
+    assert generation == {"prompts": 1, "tokens": tokens, "ties": ties, "agreement": agreement}
+    assert bool(judge_quality({}, generation, LIMITS)) == (agreement < 0.9)
 
 
 @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.2, True), (2.0, False), (0.3, False), (-1.0, False)])

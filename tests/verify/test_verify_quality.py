@@ -13,7 +13,7 @@ from deploytool.errors import DeployError
 from deploytool.load.predict import tensor_predict
 from deploytool.signature import Feeds, Outputs, Signature, TensorSpec
 from deploytool.verify import quality
-from deploytool.verify.generation import greedy
+from deploytool.verify.generation import greedy, rival
 from deploytool.verify.quality import NEW_TOKENS, quality_job
 
 IDS = Signature(
@@ -64,6 +64,15 @@ def test_greedy_decoding_without_a_cache() -> None:
     assert runner.fed == [(n, n) for n in range(2, 7)]
 
 
+def test_rivals_are_what_rounding_could_have_chosen() -> None:
+    """Only the second, and only as near as fp32 engines may differ; masked scores do not count."""
+    scores = np.array([3.0, 10.0, 10.0 - 1e-4, -np.inf, 9.0], np.float32)
+    assert rival(scores) == 2
+    assert rival(scores - np.float32([0, 0, 2e-3, 0, 0])) is None
+    assert rival(np.array([5.0, 5.0], np.float32)) == 1
+    assert rival(np.full(3, np.nan, np.float32)) is None and rival(np.array([1.0])) is None
+
+
 def test_hooks_are_run_on_the_artifact(artifact: str, tmp_path: Path) -> None:
     """evaluate() must see the artifact's outputs as tensors, and every prompt be decoded; the model is not built."""
     got = quality_job(artifact, ref(tmp_path, """
@@ -81,7 +90,7 @@ def prompts(): return [[0], [4, 5]]
 
 def test_without_hooks_nothing_is_measured(artifact: str, tmp_path: Path) -> None:
     """A model without measures has none, rather than made-up ones."""
-    assert quality_job(artifact, ref(tmp_path, "")) == {"metrics": {}, "scores": {}, "tokens": []}
+    assert quality_job(artifact, ref(tmp_path, "")) == {"metrics": {}, "scores": {}, "tokens": [], "rivals": []}
 
 
 @pytest.mark.parametrize(
