@@ -47,8 +47,7 @@ def command(
     name = options.model_or_default(model, say)
     with Ahead(limits) as ahead:
         if not dry_run and not no_cache:
-            # before the imports below, which take as long
-            ahead.expect_lowering(name, exporter, str(seed), targets=targets)
+            ahead.expect_lowering(name, exporter, str(seed))  # before the imports below, which take as long
         from deploytool.pipeline.export import Options, export, make_plan
 
         chosen = options.targets_or_default(targets)
@@ -57,7 +56,6 @@ def command(
                       quality=not no_quality, exporter=exporter, seed=seed, cache=not no_cache, limits=limits,
                       samples=samples, keep_best=keep_best)  # fmt: skip
         plan = make_plan(name, chosen, how)
-        ahead.remember(engine=bool(plan.targets) and plan.targets[0].backend == "onnxruntime")
         say(plan_table(plan.to_json(how)))
         if dry_run:
             if as_json:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from deploytool import worker
-from deploytool.storage import write_bytes
 
 _IMPORTED = "deploytool.verify.parity"  # with NumPy, and no engine's library
 _LOWERING = "deploytool.lower.prepare"
@@ -30,24 +29,16 @@ class Ahead:
         self._waiting: worker.Worker | None = None
         self._lowering: worker.Worker | None = None
         self._typed: Path | None = None
-        self._targets = ""
-        self._engine = False
 
-    def expect_lowering(self, *typed: str, targets: Sequence[str]) -> None:
-        """Start the process that lowers; where the same was typed before, and the model is kept, the other: with its
-        engine at once where these targets began with it."""
+    def expect_lowering(self, *typed: str) -> None:
+        """Start the process that lowers; where the same was typed before, and the model is kept, the other."""
         digest = hashlib.sha256(json.dumps([os.getcwd(), *typed]).encode()).hexdigest()
         self._typed = worker.cache_folder() / "typed" / digest[:32]
-        self._targets = json.dumps(list(targets))
         if self._typed.exists():
-            self.start(engine=self._targets in self._known())
+            self.start()
         else:
             self._lowering = worker.untimed("preparing", self._limits)
             self._lowering.expect(_LOWERING)
-
-    def remember(self, *, engine: bool) -> None:
-        """Whether the first target is built with the `engine`, for when the same is typed again."""
-        self._engine = engine
 
     def run(self, name: str, function: str, /, limits: worker.Limits, **arguments: Any) -> Any:
         """As `worker.run`, in the process that is expected to lower where there is one."""
@@ -95,13 +86,4 @@ class Ahead:
                 unused.kill()
         if error is None and self._typed:
             self._typed.parent.mkdir(parents=True, exist_ok=True)
-            known = self._known()
-            now = known | {self._targets} if self._engine else known - {self._targets}
-            if now != known or not self._typed.exists():
-                write_bytes(self._typed, "\n".join(sorted(now)).encode())
-
-    def _known(self) -> set[str]:
-        """The targets, each as they were typed, that began with the engine."""
-        if self._typed is None or not self._typed.exists():
-            return set()
-        return set(self._typed.read_text(encoding="utf-8").splitlines())
+            self._typed.touch()

@@ -88,32 +88,14 @@ def test_the_lowering_is_expected_once(tmp_path: Path) -> None:
     """A model that was typed before is in the cache, and starts no process again; one that failed does."""
     for wanted in (True, False):
         with Ahead(NO_LIMITS) as ahead:
-            ahead.expect_lowering("model", "auto", "0", targets=[])
+            ahead.expect_lowering("model", "auto", "0")
             assert (ahead._lowering is not None) is wanted and (ahead._waiting is None) is wanted
             assert ahead.run("lowering", "os:getcwd", NO_LIMITS) == os.getcwd() and ahead._lowering is None
     failed = Ahead(NO_LIMITS)
-    failed.expect_lowering("another", "auto", "0", targets=["ort"])
+    failed.expect_lowering("another", "auto", "0")
     expected = failed._lowering
     failed.__exit__(ValueError, ValueError("another"), None)
     assert expected is not None and expected._process.poll() is not None
     with Ahead(NO_LIMITS) as ahead:
-        ahead.expect_lowering("another", "auto", "0", targets=["ort"])
+        ahead.expect_lowering("another", "auto", "0")
         assert ahead._lowering is not None
-
-
-def test_the_engine_is_expected_where_it_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only of the targets that began with it, as they were typed, and until they do so no more."""
-    expected: list[str] = []
-    monkeypatch.setattr(Worker, "expect", lambda self, module: expected.append(module))
-
-    def type_again(targets: list[str], engine: bool) -> bool:
-        expected.clear()
-        with Ahead(NO_LIMITS) as ahead:
-            ahead.expect_lowering("model", "auto", "0", targets=targets)
-            ahead.remember(engine=engine)
-        return any(hasattr(importlib.import_module(module), "write_plain") for module in expected)
-
-    assert [type_again(["ort"], True), type_again(["ort"], True)] == [False, True]
-    assert [type_again(["openvino"], False), type_again(["openvino"], False)] == [False, False]
-    assert [type_again([], True), type_again([], True)] == [False, True]
-    assert [type_again(["ort"], False), type_again(["ort"], False)] == [True, False]
