@@ -188,12 +188,12 @@ def widened(program: ExportedProgram, signature: Signature) -> ExportedProgram:
     (torch 2.13, _inductor/mkldnn_ir.py). The kernel pads channels anyway.
     """
     module: GraphModule = program.module(check_guards=False)
-    single = [node for node in module.graph.nodes if str(node.target).startswith("aten.conv")
-              and _weight(module, node) is not None and len(node.args) < 7]  # fmt: skip
-    changed = [node for node in single if _widen(module, node)]
-    if not changed:
-        return program
-    return _exported_again(module, program, signature)
+    single = [node for node in module.graph.nodes if _is_over_one_channel(module, node)]
+    for node in single:
+        _give_twice(module, node)
+    for weight in dict.fromkeys(str(node.args[1].target) for node in single):  # a layer may be called twice
+        _pad(module, weight)
+    return _exported_again(module, program, signature) if single else program
 
 
 def separated(program: ExportedProgram, signature: Signature) -> ExportedProgram:
@@ -222,30 +222,36 @@ def _exported_again(module: GraphModule, program: ExportedProgram, signature: Si
     return export_module(module, signature, tuple(arguments))
 
 
-def _widen(module: GraphModule, node: Node) -> bool:
-    weight = _weight(module, node)
-    if weight is None or weight.shape[1] != 1:
+def _is_over_one_channel(module: GraphModule, node: Node) -> bool:
+    """Whether a node is such a convolution; transposed ones have their outputs where these have their inputs."""
+    kind = str(node.target)
+    if not kind.startswith("aten.conv") or "transpose" in kind or len(node.args) > 6:  # the seventh is groups
         return False
+    weight: Any = node.args[1]
+    return isinstance(weight, Node) and weight.op == "get_attr" and _attribute(module, weight).shape[1] == 1
+
+
+def _give_twice(module: GraphModule, node: Node) -> None:
+    """Let a convolution read its one channel as two; a learned grid stays right before the layer."""
     given: Any = node.args[0]
     reader = node
     while isinstance(given, Node) and "quantize_per_tensor" in str(given.target):
-        given, reader = given.args[0], given  # a learned grid stays right before the layer
+        given, reader = given.args[0], given
+    sizes = [-1] * given.meta["val"].dim()
+    sizes[1 - _attribute(module, node.args[1]).dim()] = 2  # counted from the end: a batch need not be there
     with module.graph.inserting_before(reader):
-        twice = [-1, 2, *(-1 for _ in weight.shape[2:])]
-        wide = module.graph.call_function(torch.ops.aten.expand.default, (given, twice))
-    reader.update_arg(0, wide)
-    owner, _, name = str(node.args[1].target).rpartition(".")  # type: ignore[union-attr]
-    padded = torch.cat([weight, torch.zeros_like(weight)], dim=1)
-    setattr(module.get_submodule(owner), name, nn.Parameter(padded, requires_grad=False))
-    return True
+        reader.update_arg(0, module.graph.call_function(torch.ops.aten.expand.default, (given, sizes)))
 
 
-def _weight(module: GraphModule, node: Node) -> Tensor | None:
-    read = node.args[1]
-    return _attribute(module, read) if isinstance(read, Node) and read.op == "get_attr" else None
+def _pad(module: GraphModule, target: str) -> None:
+    """A second channel of zeros for a weight [outputs, 1, *kernel]."""
+    owner, _, name = target.rpartition(".")
+    parent = module.get_submodule(owner)
+    weight: Tensor = getattr(parent, name)
+    setattr(parent, name, nn.Parameter(torch.cat([weight, torch.zeros_like(weight)], dim=1), requires_grad=False))
 
 
-def _attribute(module: GraphModule, node: Node) -> Tensor:
+def _attribute(module: GraphModule, node: Any) -> Tensor:
     owner, _, name = str(node.target).rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(owner), name)
     return tensor

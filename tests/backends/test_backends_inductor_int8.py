@@ -23,6 +23,7 @@ from deploytool.backends.torchscript_make import example  # noqa: E402
 from deploytool.encoding import Encoding  # noqa: E402
 from deploytool.errors import EnvironmentLacking, InputRefused  # noqa: E402
 from deploytool.load.grid import snap  # noqa: E402
+from deploytool.signature import Signature, TensorSpec  # noqa: E402
 
 TARGET = load_checked_target("inductor-int8")
 
@@ -128,6 +129,26 @@ def quantized(workshop: Workshop, quantizer: Any, feeds: list[Any], encodings: M
     source = workshop.source("mlp")
     program = export_module(source.flat, source.signature, example(workshop.request("mlp", TARGET)))
     return pt2e.quantize(program, quantizer, feeds, source.signature, encodings)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "channels"),
+    [
+        (torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ConvTranspose2d(4, 1, 2)), ("n", 1, 8, 8), [2, 1]),
+        (torch.nn.Conv2d(3, 3, 3, groups=3), ("n", 3, 8, 8), [1]),
+        (torch.nn.Sequential(*[torch.nn.Conv1d(1, 1, 3)] * 2), (1, "n"), [1, 2]),  # nothing reads the first name
+    ],
+    ids=["transposed", "depthwise", "twice"],
+)
+def test_only_convolutions_over_one_channel_are_widened(
+    module: Any, shape: tuple[int | str, ...], channels: list[int]
+) -> None:
+    """A second channel of zeros must change no number; transposed and depthwise layers must stay as they are."""
+    given = torch.randn([8 if size == "n" else int(size) for size in shape])
+    signature = Signature((TensorSpec("input", "float32", shape),), (TensorSpec("output", "float32", shape),))
+    program = inductor_int8.widened(export_module(module.eval(), signature, (given,)), signature)
+    torch.testing.assert_close(program.module(check_guards=False)(given), module(given))
+    assert [tensor.shape[1] for name, tensor in program.state_dict.items() if name.endswith("weight")] == channels
 
 
 def test_torchaos_errors_are_ours(workshop: Workshop) -> None:
