@@ -290,8 +290,11 @@ def _fold(module: GraphModule) -> None:
         if not _kind(made).startswith("aten::conv"):
             continue
         weight, bias = made.args[1], made.args[2] if len(made.args) > 2 else None
-        numbers = [None if given is None else _constant(module, given) for given in (weight, bias, *node.args[1:5])]
-        kernel, offset, gamma, beta, mean, variance = numbers
+        given = (weight, bias, *node.args[1:5])
+        if any(read is not None and read.op != "get_attr" for read in given):  # computed, as weight_norm's weight is
+            continue
+        kernel, offset, gamma, beta, mean, variance = (None if read is None else _constant(module, read)
+                                                       for read in given)  # fmt: skip
         if kernel is None or mean is None or variance is None:
             continue
         fused = fuse_conv_bn_weights(kernel, offset, mean, variance, float(node.args[7]), gamma, beta,

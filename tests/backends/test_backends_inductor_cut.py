@@ -145,3 +145,13 @@ def test_norms_are_folded_into_the_convolutions_before_them(kind: Any) -> None:
     inductor_cut._fold(graph)
     assert "batch_norm" not in str(graph.graph)
     torch.testing.assert_close(graph(image), module(image))
+
+
+def test_norms_behind_computed_weights_stay() -> None:
+    """A convolution whose weight the graph computes, as weight_norm's, must be left as it is."""
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(4, 6, 3))
+    module, image = torch.nn.Sequential(layer, torch.nn.BatchNorm2d(6)).eval(), torch.randn(2, 4, 8, 8)
+    graph = torch.export.export(module, (image,)).module()
+    inductor_cut._fold(graph)
+    assert "batch_norm" in str(graph.graph)
+    torch.testing.assert_close(graph(image), module(image))
