@@ -24,6 +24,7 @@ _MATRIX = ("mm", "addmm", "bmm", "baddbmm")
 _CONVOLUTION = ("qconv_pointwise", "qconv2d_pointwise", "convolution", "_convolution_pointwise",
                 "_convolution_transpose_pointwise")  # fmt: skip
 _ATTENTION = "_scaled_dot_product"
+_UNCOUNTED = ("cond", "while_loop", "scan", "_trilinear")  # ways and steps that inputs decide, products of three
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 # Calls of the written code: of a library's kernel, of a loop that was compiled.
 _CALLED = re.compile(r"aoti_torch_cpu_(?:mkldnn_)?_?([a-z0-9_]+)\(")
@@ -60,8 +61,11 @@ def _sizes(graph: Graph, signature: Signature) -> Iterator[tuple[Any, str]]:
 
 def _product(node: Node, sizes: dict[Any, str]) -> dict[str, Any] | None:
     name = getattr(node.target, "__name__", "").partition(".")[0]
-    if node.op != "call_function" or not (name in (*_LINEAR, *_MATRIX, *_CONVOLUTION) or name.startswith(_ATTENTION)):
+    known = name in (*_LINEAR, *_MATRIX, *_CONVOLUTION, *_UNCOUNTED) or name.startswith(_ATTENTION)
+    if node.op != "call_function" or not known:
         return None
+    if name in _UNCOUNTED:
+        return {"op": name, "precision": _precision(node), "flops": None}
     precision = "int8" if name.startswith("q") else _precision(node)
     return {"op": name, "precision": precision, "flops": _terms(_flops(name, node), sizes)}
 

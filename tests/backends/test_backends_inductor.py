@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from workshop import Workshop
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from deploytool.backends import inductor
-from deploytool.backends.base import build_artifact, find_backend, load_checked_target, open_artifact
-from deploytool.backends.ran import Asked
-from deploytool.errors import BackendFailed, DeployError, EnvironmentLacking, InputRefused
-from deploytool.storage import read_json
+from deploytool.backends import inductor  # noqa: E402
+from deploytool.backends.base import build_artifact, find_backend, load_checked_target, open_artifact  # noqa: E402
+from deploytool.backends.inductor_kernels import Recorder  # noqa: E402
+from deploytool.backends.ran import Asked  # noqa: E402
+from deploytool.errors import BackendFailed, DeployError, EnvironmentLacking, InputRefused  # noqa: E402
+from deploytool.signature import Signature, TensorSpec  # noqa: E402
+from deploytool.storage import read_json  # noqa: E402
 
 
 def test_without_a_compiler_the_target_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -90,3 +93,17 @@ def test_a_package_is_frozen(workshop: Workshop) -> None:
         engine.run(workshop.feeds("mlp")[0])
     calls = read_json(workshop.artifact("mlp", "inductor").folder / "kernels.json")["calls"]
     assert calls == {"linear_pointwise": 3}
+
+
+def test_what_branches_compute_is_told_as_uncounted() -> None:
+    """Products inside of torch.cond must not pass as none: which way runs is not known when it is compiled."""
+    layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+
+    class Branching(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return torch.cond(x.sum() > 0, lambda y: layers[0](y), lambda y: layers[1](y), (x,))
+
+    program = torch.export.export(Branching(), (torch.randn(2, 4),))
+    recorder = Recorder(Signature((TensorSpec("x", "float32", (2, 4)),), (TensorSpec("y", "float32", (2, 4)),)))
+    recorder.see(program.graph)
+    assert recorder.products == [{"op": "cond", "precision": "fp32", "flops": None}]
