@@ -41,7 +41,8 @@ def save_script(module: nn.Module, request: Request, method: Literal["auto", "tr
 
     made_by         "trace" or "script"
     scripted        of "script": the modules that were compiled, "" for the whole model
-    fixed_by_trace  of a trace that was compared: lines that decide by values or sizes, all samples alike
+    fixed_by_trace  of a trace that was compared, or of what is traced around the scripted modules: lines that decide by
+                    values or sizes, all samples alike
 
     "auto" takes the trace where it equals the module on every parity case and calibration feed, else a script that
     does: of torch.equal and its like tracing does not warn. Raises InputRefused DT310 where there is none, with the
@@ -56,18 +57,19 @@ def save_script(module: nn.Module, request: Request, method: Literal["auto", "tr
         wrong = _difference(made, module, request) if compared else ""
         if not wrong:
             _save(made, path)
-            fixed = [_told(place) for place in places]
-            return {"made_by": "trace"} | ({"fixed_by_trace": fixed} if compared and fixed else {})
+            return {"made_by": "trace"} | (_fixed(places) if compared else {})
         obstacles.append(f"torch.jit.trace: {wrong}")
     if method == "trace":
         raise InputRefused("DT310", f"the model must be traceable by torch.jit.trace (got: {obstacles[0]})",
                            fix='leave out method = "trace", or choose a target that lowers to ONNX')  # fmt: skip
     for names in filter(None, ([n for n in _owners(module, places) if n != _WHOLE], [_WHOLE])):
-        made = _attempt(module, arguments, names, obstacles)
+        around: list[Place] = []
+        made = _attempt(module, arguments, names, obstacles, around)
         wrong = "" if made is None else _difference(made, module, request)
         if made is not None and not wrong:
             _save(made, path)
-            return {"made_by": "script", "scripted": [name.removeprefix(_WHOLE).lstrip(".") for name in names]}
+            scripted = [name.removeprefix(_WHOLE).lstrip(".") for name in names]
+            return {"made_by": "script", "scripted": scripted} | _fixed(around)
         obstacles += [f"torch.jit.script of {_named(names)}: {wrong}"] if wrong else []
     raise _refused(places, obstacles)
 
@@ -105,12 +107,12 @@ def example(request: Request) -> tuple[Tensor, ...]:
 
 def _attempt(
     module: nn.Module, arguments: tuple[Tensor, ...], scripted: Sequence[str], obstacles: list[str],
-    places: list[Place] | None = None,
+    places: list[Place],
 ) -> Any:  # fmt: skip
     """The trace with some modules compiled; None, and why in `obstacles`, where torch does not take it."""
     way = f"torch.jit.script of {_named(scripted)}" if scripted else "torch.jit.trace"
     try:
-        with quiet_jit(), _compiled(module, scripted), _noting([] if places is None else places):
+        with quiet_jit(), _compiled(module, scripted), _noting(places):
             return trace(module, arguments)
     except Exception as error:  # what the compiler raises has no common base, and tracing runs the model's own code
         obstacles.append(f"{way}: {reason(error)}")
@@ -120,11 +122,11 @@ def _attempt(
 @contextmanager
 def _compiled(root: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Some modules below `root` in their compiled form, which shares their weights, for the while."""
-    scripts = {name: torch.jit.script(root.get_submodule(name)) for name in names}
     before = {name: root.get_submodule(name) for name in names}
+    scripts = {inner: torch.jit.script(inner) for inner in dict.fromkeys(before.values())}
     try:
-        for name, script in scripts.items():
-            root.set_submodule(name, script)
+        for name, inner in before.items():
+            root.set_submodule(name, scripts[inner])
         yield
     finally:
         for name, inner in before.items():
@@ -149,10 +151,13 @@ def _noting(places: list[Place]) -> Iterator[None]:
 
 
 def _owners(root: nn.Module, places: Sequence[Place]) -> list[str]:
-    """The outermost modules in whose classes' code the places are; torch's own lines are in functions of many."""
+    """The outermost modules in whose classes' code the places are, one at two places by both its names.
+
+    torch's own lines are in functions of many.
+    """
     places = [place for place in places if not _is_of_torch(place)]
     found: list[str] = []
-    for name, inner in root.named_modules():
+    for name, inner in root.named_modules(remove_duplicate=False):
         if name and not any(name.startswith(f"{outer}.") for outer in found) and _holds(type(inner), places):
             found.append(name)
     return found
@@ -208,6 +213,11 @@ def _refused(places: Sequence[Place], obstacles: Sequence[str]) -> InputRefused:
         fix="write these lines with torch.where or masks, or in the part of Python that torch.jit.script compiles "
         "(arguments that are no tensors annotated, tensors, lists and dicts of one type)",
     )  # fmt: skip
+
+
+def _fixed(places: Sequence[Place]) -> dict[str, list[str]]:
+    """The setting that tells of lines whose choice a trace holds; none where there are no such lines."""
+    return {"fixed_by_trace": [_told(place) for place in places]} if places else {}
 
 
 def _told(place: Place) -> str:

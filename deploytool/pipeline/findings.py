@@ -64,13 +64,14 @@ def _of_what_ran(target: Target, artifact: Artifact) -> list[str]:
 
 def _of_script(settings: Mapping[str, Any]) -> list[str]:
     """What torch.jit.script compiled, or what a trace holds fixed that other inputs might decide otherwise."""
+    found = []
     if "scripted" in settings:
         names = ", ".join(name or "the whole model" for name in settings["scripted"])
-        return [f"torch.jit.script compiled {names}: all ways of its branches and loops are in the artifact"]
-    if not (fixed := settings.get("fixed_by_trace")):
-        return []
-    return [f"the trace holds one way where code decides by values or sizes, which is right for all samples; other "
-            f"inputs might take another (lines: {len(fixed)}, the first {fixed[0]})"]  # fmt: skip
+        found.append(f"torch.jit.script compiled {names}: all ways of its branches and loops are in the artifact")
+    if fixed := settings.get("fixed_by_trace"):
+        found.append("the trace holds one way where code decides by values or sizes, which is right for all samples; "
+                     f"other inputs might take another (lines: {len(fixed)}, the first {fixed[0]})")  # fmt: skip
+    return found
 
 
 def _of_fast_path(differs: Mapping[str, Any]) -> str:

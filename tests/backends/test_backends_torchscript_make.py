@@ -50,6 +50,37 @@ def samples():
 """
 
 
+TWICE = """
+import torch
+from torch import Tensor, nn
+
+INPUTS = {"x": ("batch", 16)}
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor):
+        if bool(x.sum() > 0):
+            return x
+        return -2 * x
+
+def small(x: Tensor) -> Tensor:
+    return x if bool(x.abs().max() < 9) else x / 9
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = Gate()
+
+    def forward(self, x: Tensor):
+        return self.second(self.first(small(x)) - 7)
+
+def build():
+    return Model().eval()
+
+def samples():
+    return [{"x": torch.ones(2, 16)}, {"x": -torch.ones(3, 16)}]
+"""
+
+
 MASKED = """
 import torch
 from torch import nn
@@ -165,6 +196,14 @@ def _saved(workshop: Workshop, folder: Path, text: str) -> dict[str, Any]:
 def test_helpers_outside_of_classes_are_compiled_with_the_model(tmp_path: Path, workshop: Workshop, asks: str) -> None:
     """Where no module's code holds the lines that decide, warned of or not, the whole model is compiled."""
     assert _saved(workshop, tmp_path, FREE.replace("bool(x.sum() > 0)", asks))["scripted"] == [""]
+
+
+def test_a_module_at_two_places_is_compiled_at_both(tmp_path: Path, workshop: Workshop) -> None:
+    """The second call of a module must not stay a trace of one way; what is still traced must be told by its line."""
+    made = _saved(workshop, tmp_path, TWICE)
+    assert made["scripted"] == ["first", "second"]
+    (line,) = made["fixed_by_trace"]
+    assert "return x if bool(x.abs().max() < 9)" in line
 
 
 def test_torchs_own_code_decides_by_values(tmp_path: Path, workshop: Workshop) -> None:

@@ -77,6 +77,8 @@ def test_what_a_script_holds_is_a_finding() -> None:
     (sentence,) = said("torchscript", {"fp32": 1.0}, made_by="trace", fixed_by_trace=["a.py:3: `if x:`", "a.py:7: `y`"])
     assert "lines: 2" in sentence and "a.py:3: `if x:`" in sentence
     assert said("torchscript", {"fp32": 1.0}, made_by="trace") == []
+    both = said("torchscript", {"fp32": 1.0}, made_by="script", scripted=["chooser"], fixed_by_trace=["a.py:3: `if`"])
+    assert "compiled chooser" in both[0] and "lines: 1" in both[1]
 
 
 def test_what_is_to_be_said_of_the_model_is_told() -> None:
