@@ -4,7 +4,8 @@
     python generate.py "Once upon a time" --tokens 64
 
 NumPy, tokenizers and the runtime of the model are all that it needs; decoder.py opens the model with that.
-Exit codes: 0 done, 2 the prompt or an option cannot be, 4 a package or a file is missing, 5 the model does not open.
+Exit codes: 0 done, or nobody reads on; 2 the prompt or an option cannot be; 4 a package or a file is missing; 5 the
+model does not open.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -116,6 +118,9 @@ def main() -> int:
         return _write(options, Path(__file__).resolve().parent)
     except (ImportError, FileNotFoundError) as error:
         return _refused(str(error), 4)
+    except BrokenPipeError:  # as `head` leaves behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return 0
     except Exception as error:  # whatever a runtime, or a tokenizer, raises for a file that it refuses
         return _refused(f"the model does not run: {' '.join(str(error).split())[:500]}", 5)
 

@@ -257,6 +257,15 @@ def test_a_damaged_file_beside_it_is_told_in_one_line(workshop: Workshop, name: 
     assert len(done.stderr.splitlines()) == 1 and "does not run" in done.stderr
 
 
+def test_who_reads_no_further_is_no_error(workshop: Workshop) -> None:
+    """A text that is piped to what closes early, such as head, must end without a word."""
+    command = [sys.executable, str(shipped(workshop).folder / "generate.py"), "w3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ran:
+        assert ran.stdout is not None and ran.stderr is not None
+        ran.stdout.close()
+        assert (ran.stderr.read(), ran.wait(60)) == ("", 0)
+
+
 def test_what_is_not_asked_for_fits(workshop: Workshop) -> None:
     """Without --tokens a long prompt gets as many new tokens as there are positions for."""
     artifact = shipped(workshop)
