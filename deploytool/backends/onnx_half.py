@@ -53,14 +53,14 @@ class _Rewriter:
 
     def rewrite(self, graph: GraphProto) -> None:
         for node in graph.node:
-            full = node.name in self.fp32_nodes or bool(_bodies(node))
+            full = node.name in self.fp32_nodes or bool(bodies(node))
             copy = NodeProto()
             copy.CopyFrom(node)
             for index, name in enumerate(node.input):
                 if name in self.floats:
                     keep = full or index in _ALWAYS_FULL_INPUTS.get(node.op_type, ())
                     copy.input[index] = self._full(name) if keep else self._half(name)
-            for body in _bodies(copy):
+            for body in bodies(copy):
                 self._rename_captured(body)
             self.nodes.append(copy)
             self._place_outputs(node, copy, full)
@@ -105,7 +105,7 @@ class _Rewriter:
             for index, name in enumerate(node.input):
                 if name not in own and name in self.floats:
                     node.input[index] = self._full(name)
-            for inner in _bodies(node):
+            for inner in bodies(node):
                 self._rename_captured(inner)
         for value in body.output:
             if value.name not in own and value.name in self.floats:
@@ -159,5 +159,6 @@ def _cast(source: str, result: str, kind: int) -> NodeProto:
     return helper.make_node("Cast", [source], [result], name=f"{result}:cast", to=kind)
 
 
-def _bodies(node: NodeProto) -> list[GraphProto]:
+def bodies(node: NodeProto) -> list[GraphProto]:
+    """The graphs inside of a node, such as the ways of an If."""
     return [graph for a in node.attribute for graph in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import onnx.version_converter
-from onnx import ModelProto
+from collections.abc import Iterator
 
+import onnx.version_converter
+from onnx import GraphProto, ModelProto, NodeProto
+
+from deploytool.backends.onnx_half import bodies
 from deploytool.errors import InputRefused
 
 _WIDENED_FROM = 18  # from here to 21 all operators only take more than before, but for those below
@@ -21,7 +24,7 @@ def raise_opset(model: ModelProto, version: int) -> ModelProto:
     entry = _entry(model)
     if entry.version >= version:
         return model
-    changed = [f"operator {n.op_type}, node {n.name or n.output[0]}" for n in model.graph.node
+    changed = [f"operator {n.op_type}, node {n.name or n.output[0]}" for n in _nodes(model.graph)
                if entry.version < _CHANGED.get(n.op_type, 0) <= version]  # fmt: skip
     if changed:
         raise InputRefused("DT310", f"the graph must keep its meaning in operator set {version} (got {len(changed)} "
@@ -37,6 +40,14 @@ def raise_opset(model: ModelProto, version: int) -> ModelProto:
     _entry(model).version = version
     model.ir_version = max(model.ir_version, _IR_VERSIONS[version])
     return model
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Those in bodies (If, Loop) too."""
+    for node in graph.node:
+        yield node
+        for body in bodies(node):
+            yield from _nodes(body)
 
 
 def _entry(model: ModelProto) -> onnx.OperatorSetIdProto:

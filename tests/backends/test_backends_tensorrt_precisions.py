@@ -197,6 +197,10 @@ def test_operator_sets_are_raised() -> None:
         raise_opset(graph("GridSample", 16, mode="bilinear"), 21)
     assert (caught.value.code, caught.value.detail) == ("DT310", ("operator GridSample, node this",))
     assert raise_opset(graph("GridSample", 18, mode="bilinear"), 19).opset_import[0].version == 19
+    body = graph("GridSample", 18, mode="bilinear").graph
+    del body.input[:]
+    with pytest.raises(InputRefused, match="1 operators"):
+        raise_opset(graph("If", 18, then_branch=body, else_branch=graph("Relu", 18).graph), 21)
 
 
 def test_masks_keep_finite_in_bf16(tmp_path: Path) -> None:
