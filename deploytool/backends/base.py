@@ -60,6 +60,8 @@ class Request:
     encodings    the file of the quantized constants of `portable`, for `encoding.read_coded`; None without any
     out          an existing, empty folder to write to
     ref          what the user named, for the model's own evaluate(); None where that is not asked for
+    references   what the model gives for each of `cases`, in their order; none where that was not recorded
+    kept         folder in which what was measured here stays as long as the prepared model; None: nothing stays
     """
 
     target: Target
@@ -72,6 +74,8 @@ class Request:
     seed: int = 0
     encodings: Path | None = None
     ref: ModelRef | None = None
+    references: Callable[[], Iterable[Outputs]] = tuple
+    kept: Path | None = None
 
 
 @dataclass(frozen=True)

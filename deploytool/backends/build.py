@@ -34,6 +34,9 @@ def build_job(
     def cases() -> Iterator[Outputs]:
         return (case.inputs for case in read_cases(folder / "cases"))
 
+    def references() -> Iterator[Outputs]:
+        return (case.reference for case in read_cases(folder / "cases"))
+
     request = Request(
         target=profile,
         signature=Signature.from_json(read_json(folder / "signature.json")),
@@ -44,6 +47,8 @@ def build_job(
         out=Path(out),
         seed=seed,
         ref=ModelRef(**ref),
+        references=references,
+        kept=folder / "measured",
         encodings=folder / ENCODINGS if (folder / ENCODINGS).is_file() else None,
     )
     _copy_assets(folder / "assets", Path(out))

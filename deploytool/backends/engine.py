@@ -54,7 +54,11 @@ class EngineRunner(ABC):
 
 def threads_of(artifact: Artifact) -> int:
     """Threads to run an artifact with: its setting, or for 0 the physical cores that this process may use."""
-    wanted = int(artifact.settings.get("threads", 0))
+    return threads_to_use(int(artifact.settings.get("threads", 0)))
+
+
+def threads_to_use(wanted: int) -> int:
+    """`wanted`, or for 0 the physical cores that this process may use."""
     if wanted:
         return wanted
     usable = len(os.sched_getaffinity(0))

@@ -65,13 +65,25 @@ def products_to_keep(
 
     `bits` is the width of int8 weights, but of those named in `whole`, which have 8.
     """
-    weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
-    products = [n for n in model.graph.node
-                if n.op_type == "MatMul" and n.input[1] in weights and n.name not in options.exclude]  # fmt: skip
-    arrays = {n.name: numpy_helper.to_array(weights[n.input[1]]) for n in products}
-    widths = {n.name: 8 if n.input[1] in whole else bits for n in products}
-    effects = effects_of(model, products, _Dynamic(arrays, widths), request, options)
+    products = constant_products(model, options)
+    effects = effects_of(model, products, dynamic_rounding(model, products, bits, whole), request, options)
     return sensitivity.most_sensitive(effects, len(products), options.keep_fp32, request.target.parity.cosine_min)
+
+
+def constant_products(model: ModelProto, options: tables.KeepFp32) -> list[NodeProto]:
+    """The MatMul nodes with constant weights that may become int8."""
+    weights = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+    return [n for n in model.graph.node
+            if n.op_type == "MatMul" and n.input[1] in weights and n.name not in options.exclude]  # fmt: skip
+
+
+def dynamic_rounding(
+    model: ModelProto, products: Sequence[NodeProto], bits: int, whole: Collection[str] = ()
+) -> Rounding:
+    """Dynamic int8 of these products; `bits` and `whole` as in products_to_keep."""
+    weights = {t.name: t for t in model.graph.initializer}
+    return _Dynamic({n.name: numpy_helper.to_array(weights[n.input[1]]) for n in products},
+                    {n.name: 8 if n.input[1] in whole else bits for n in products})  # fmt: skip
 
 
 def effects_of(
@@ -81,6 +93,13 @@ def effects_of(
     if not sensitivity.worth_ranking(len(products), options.keep_fp32):
         return {}
     return _Ranking(model, products, rounding, request, options).effects()
+
+
+def all_effects(
+    model: ModelProto, products: Sequence[NodeProto], rounding: Rounding, request: Request, options: tables.KeepFp32
+) -> dict[str, float]:
+    """What rounding each of the products alone costs the outputs, by name."""
+    return _Ranking(model, products, rounding, request, options).effects(everyone=True) if products else {}
 
 
 @dataclass(frozen=True)
@@ -110,15 +129,10 @@ class _Ranking:
         self.session = ort.InferenceSession(_with_noise_inputs(model, products).SerializeToString(),
                                             providers=["CPUExecutionProvider"])  # fmt: skip
 
-    def effects(self) -> dict[str, float]:
-        """Loss of the outputs' cosine by each candidate's noise."""
-        errors = dict.fromkeys(self.inputs, 0.0)
+    def effects(self, *, everyone: bool = False) -> dict[str, float]:
+        """Loss of the outputs' cosine by each candidate's noise; of `everyone`, where that is wanted."""
         feeds_list = sensitivity.spread(self.request.calibration(), self.options.samples)
-        for feeds in feeds_list:
-            values = self._run(feeds, sorted(set(self.inputs.values())))
-            for name, key in self.inputs.items():
-                errors[name] = max(errors[name], self.rounding.error(name, values[key]))
-        effects = dict.fromkeys(sensitivity.candidates(errors, self.options.keep_fp32), 0.0)
+        effects = dict.fromkeys(self.inputs if everyone else self._candidates(feeds_list), 0.0)
         for feeds in feeds_list:
             values = self._run(feeds, [*self.outputs, *sorted({self.inputs[name] for name in effects})])
             reference = [values[name] for name in self.outputs]
@@ -128,6 +142,15 @@ class _Ranking:
                 outputs = [noisy[key] for key in self.outputs]
                 effects[name] = max(effects[name], sensitivity.output_loss(reference, outputs))
         return effects
+
+    def _candidates(self, feeds_list: Sequence[Feeds]) -> list[str]:
+        """The products with the largest own errors."""
+        errors = dict.fromkeys(self.inputs, 0.0)
+        for feeds in feeds_list:
+            values = self._run(feeds, sorted(set(self.inputs.values())))
+            for name, key in self.inputs.items():
+                errors[name] = max(errors[name], self.rounding.error(name, values[key]))
+        return sensitivity.candidates(errors, self.options.keep_fp32)
 
     def _run(self, feeds: Feeds, wanted: list[str], noise: Feeds | None = None) -> dict[str, np.ndarray]:
         silent = {f"{name}:noise": np.zeros(1, np.float32) for name in self.inputs}

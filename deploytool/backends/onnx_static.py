@@ -19,10 +19,10 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from deploytool.backends import saturation, sensitivity, tables
+from deploytool.backends import ort_mixed, saturation, sensitivity, tables
 from deploytool.backends.base import Request
 from deploytool.backends.onnx_opset import raise_opset
-from deploytool.backends.onnx_products import effects_of, with_products
+from deploytool.backends.onnx_products import all_effects, effects_of, with_products
 from deploytool.backends.onnx_qdq import Scheme, channel_axis, quantizable, ranges_needed, values, write_qdq
 from deploytool.backends.onnx_ranges import Activations, Range
 from deploytool.errors import InputRefused, UsageProblem, nearest
@@ -47,6 +47,7 @@ class Options:
     calibration: str
     samples: int
     scheme: Scheme
+    weighs: Mapping[str, Any] | None = None  # what the artifact is opened with, where gains are measured
 
 
 def quantize_static(source: Path, request: Request, options: Options, out: Path) -> dict[str, Any]:
@@ -70,16 +71,19 @@ def quantize_static(source: Path, request: Request, options: Options, out: Path)
         raise InputRefused("DT303", "calibration must have at least one sample (got none)")
     scheme = options.scheme
     search = _Search(model, nodes, feeds, request, options)
-    best, kept, method, loss = search.best()
+    table = None if options.weighs is None else search.weighed(options.weighs)
+    best, kept, method, loss = search.best() if table is None else search.without(ort_mixed.kept(table))
     _save(best, out)
     done = Counter(node.op_type for node in nodes if node.name not in kept)
+    if not done and table:
+        raise ort_mixed.nothing_left(table)
     if not done:
         raise InputRefused("DT310", f"at least one product must become {scheme.name} (all are kept in fp32)",
                            fix="lower keep_fp32, or choose an fp32 target")  # fmt: skip
     return {"scheme": "static" if scheme.rounds_inputs else "weights",
             "calibration": method if scheme.rounds_inputs else None, "calibration_feeds": len(feeds),
             scheme.name: dict(done), "kept_fp32": [*options.keep.exclude, *kept], "weight_bits": scheme.weight_bits,
-            "calibration_loss": loss} | _widths(best, nodes, scheme)  # fmt: skip
+            "calibration_loss": loss, **_widths(best, nodes, scheme), **({"measured": table} if table else {})}
 
 
 def _widths(graph: ModelProto, nodes: Sequence[NodeProto], scheme: Scheme) -> dict[str, Any]:
@@ -113,11 +117,7 @@ class _Search:
         effects = self._effects()
         kept = sensitivity.most_sensitive(effects, len(self.nodes), keep, cosine_min)
         wanted = _GOOD_ENOUGH_SHARE * (1.0 - cosine_min)
-        asked = self.options.calibration
-        methods = self.options.scheme.calibrations if asked == "auto" else (asked,)
-        tried = {method: self._quantized(self.activations.ranges(method), kept) for method in methods}
-        method = min(tried, key=lambda name: tried[name][1])
-        graph, loss = tried[method]
+        graph, kept, method, loss = self.without(kept)
         ranked = sorted(effects, key=lambda name: (-effects[name], name))
         while keep is None and loss > wanted and len(kept) < len(ranked):
             more = ranked[: len(kept) + _AT_ONCE]
@@ -127,9 +127,37 @@ class _Search:
                 graph, loss = other, less
         return graph, _left_out(graph, kept), method, loss
 
+    def without(self, kept: Sequence[str]) -> tuple[ModelProto, list[str], str, float]:
+        """As `best`, with these products in fp32."""
+        asked = self.options.calibration
+        methods = self.options.scheme.calibrations if asked == "auto" else (asked,)
+        tried = {method: self._quantized(self.activations.ranges(method), kept) for method in methods}
+        method = min(tried, key=lambda name: tried[name][1])
+        graph, loss = tried[method]
+        return graph, list(kept), method, loss
+
+    def weighed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What every product gains and costs; see `ort_mixed.weighed`."""
+        keep = self.options.keep
+
+        def rounded() -> ModelProto:
+            return write_qdq(self.model, self.nodes, self.activations.ranges("min-max"), self.options.scheme)
+
+        def loss(kept: Sequence[str]) -> float:
+            return self.without(kept)[3]
+
+        def effects(names: Sequence[str]) -> Mapping[str, float]:
+            chosen = [node for node in self.nodes if node.name in names]
+            return all_effects(self.model, chosen, self._rounding(), self.request, keep)
+
+        return ort_mixed.weighed(self.request, ort_mixed.Choice(
+            self.model, self.nodes, rounded, effects, loss, sensitivity.spread(self.feeds, keep.samples), settings))
+
     def _effects(self) -> dict[str, float]:
-        rounding = _Static(self.model, self.nodes, self.activations.ranges("min-max"), self.options.scheme)
-        return effects_of(self.model, self.nodes, rounding, self.request, self.options.keep)
+        return effects_of(self.model, self.nodes, self._rounding(), self.request, self.options.keep)
+
+    def _rounding(self) -> _Static:
+        return _Static(self.model, self.nodes, self.activations.ranges("min-max"), self.options.scheme)
 
     def _quantized(self, ranges: Mapping[str, Range], kept: Sequence[str]) -> tuple[ModelProto, float]:
         chosen = [node for node in self.nodes if node.name not in kept]

@@ -16,6 +16,7 @@ from deploytool.artifact import MANIFEST, Artifact
 from deploytool.backends import ort_generate, sensitivity, tables
 from deploytool.backends.base import Built, Request, portable_of
 from deploytool.backends.engine import EngineRunner, threads_of
+from deploytool.backends.measured import MEASURED, check_processor, opened_with
 from deploytool.backends.ort_generate import SharedCache, session_options
 from deploytool.backends.ort_rows import run_rows
 from deploytool.backends.shipped_runner import ship
@@ -35,6 +36,8 @@ class OnnxRuntime:
         """Copy the graph (fp32) or quantize it (int8); whether it opens and is right is for verify to see."""
         options = tables.OnnxRuntimeBuild(**request.target.build)
         portable = portable_of(request)
+        if MEASURED in (options.mixed, options.group, options.activations):
+            check_processor(request.target)
         settings: dict[str, Any] = {"optimization": options.optimization, "without": list(options.without),
                                     "arena": options.arena, "flush": options.flush}  # fmt: skip
         if grids_of(portable) and options.format == "ort":
@@ -106,8 +109,9 @@ def _write(portable: Artifact, request: Request, options: tables.OnnxRuntimeBuil
         from deploytool.backends.onnx_qdq import Scheme
         from deploytool.backends.onnx_static import APART, Options, quantize_static
 
+        opened = opened_with(request, options.model_copy(update={"without": (*options.without, *APART)}))
         static = Options(options, options.int8_ops, options.calibration, options.calibration_samples,
-                         Scheme(7 if options.reduce_range else 8))  # fmt: skip
+                         Scheme(7 if options.reduce_range else 8), opened if options.mixed == MEASURED else None)
         done = write_learned(portable, request, "onnxruntime") if learned else quantize_static(
             portable.main_file, request, static, out)  # fmt: skip
         return {**done, "without": [*options.without, *APART]}

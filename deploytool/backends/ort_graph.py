@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from deploytool.artifact import Artifact
-from deploytool.backends import tables
+from deploytool.backends import ort_blocks, tables
 from deploytool.backends.base import Request
 from deploytool.backends.ort_decoder import fuse_decoder
 from deploytool.backends.ort_groups import Grouped, grouped_from
@@ -40,23 +41,67 @@ def write_weight_only(portable: Artifact, request: Request, options: tables.Onnx
 
     InputRefused DT310 when no product has constant weights.
     """
-    model = _loaded(portable)
-    fused = fuse_decoder(model) if options.fuse else {}
+    model, fused = _fused(portable, options)
     bits = 4 if request.target.precision == "int4" else 8
     given, refused = _encoded(model, request)
     inputs = mean_squares(model, request) if bits == 4 and not given else {}
-    plans = _plans(model, options, 8 if given else bits, inputs)
-    plans |= {name: Plan(matrix.bits, matrix.group, options.activations) for name, matrix in given.items()
+    known = _Known(8 if given else bits, given, inputs)
+    told = {}
+    if ort_blocks.wanted(options):
+        told = {"measured": _measured(portable, request, options, known)}
+        options = options.model_copy(update=told["measured"]["taken"])
+    stored, plans = _rewritten(model, options, known, request.out)
+    encoded = {"encoded": len(given), "encodings_not_taken": refused} if request.encodings else {}
+    return {**({"fused": fused, **_SINGLE_ROWS} if fused else {}), **_told(stored, plans), **encoded, **told}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What every way to store the weights starts from.
+
+    bits     of the matrices that are not `given`
+    given    those that the model's own encodings hold
+    inputs   mean squares of the inputs of products, where ranges are chosen by them
+    """
+
+    bits: int
+    given: dict[str, Grouped]
+    inputs: dict[str, Any]
+
+
+def _measured(
+    portable: Artifact, request: Request, options: tables.OnnxRuntimeBuild, known: _Known
+) -> dict[str, Any]:
+    """What the candidates for groups and activations cost and lose; see `ort_blocks.measured_blocks`."""
+
+    def write(candidate: ort_blocks.Candidate, out: Path) -> None:
+        chosen = {"group": candidate.group, "activations": candidate.activations}
+        _rewritten(_fused(portable, options)[0], options.model_copy(update=chosen), known, out)
+
+    single_rows = bool(_fused(portable, options)[1])
+    return ort_blocks.measured_blocks(request, options, write, single_rows=single_rows)
+
+
+def _fused(portable: Artifact, options: tables.OnnxRuntimeBuild) -> tuple[ir.Model, dict[str, int]]:
+    model = _loaded(portable)
+    return model, fuse_decoder(model) if options.fuse else {}
+
+
+def _rewritten(
+    model: ir.Model, options: tables.OnnxRuntimeBuild, known: _Known, out: Path
+) -> tuple[dict[str, Grouped], dict[str, Plan]]:
+    """Round the weights of `model` in place and write it to `out`; the matrices and their plans, by name."""
+    plans = _plans(model, options, known.bits, known.inputs)
+    plans |= {name: Plan(matrix.bits, matrix.group, options.activations) for name, matrix in known.given.items()
               if name in plans}  # fmt: skip
     if not plans:
         raise InputRefused("DT310", "the graph must hold matrix products with constant weights (got none)",
                            fix="choose an fp32 target, or openvino-int8, which takes convolutions too")  # fmt: skip
-    stored = compress_weights(model, plans, inputs, given)
+    stored = compress_weights(model, plans, known.inputs, known.given)
     passes.RemoveUnusedNodesPass()(model)
     model.opset_imports[MICROSOFT] = 1
-    save(model, request.out)
-    encoded = {"encoded": len(given), "encodings_not_taken": refused} if request.encodings else {}
-    return {**({"fused": fused, **_SINGLE_ROWS} if fused else {}), **_told(stored, plans), **encoded}
+    save(model, out)
+    return stored, plans
 
 
 def _encoded(model: ir.Model, request: Request) -> tuple[dict[str, Grouped], dict[str, str]]:
@@ -99,7 +144,7 @@ def _plans(model: ir.Model, options: tables.OnnxRuntimeBuild, bits: int, inputs:
         raise UsageProblem("DT202", f"build.exclude must hold patterns of weights' names (got {', '.join(idle)})",
                            detail=[nearest(idle[0], there)])  # fmt: skip
     found = {name: p for name, p in there.items() if not any(fnmatchcase(name, one) for one in options.exclude)}
-    plans = {name: Plan(bits, _group(product, options.group), options.activations) for name, product in found.items()}
+    plans = {name: Plan(bits, _group(p, int(options.group)), options.activations) for name, p in found.items()}
     for name in _eight_bits(found, plans, options.int8_share, inputs) if bits == 4 else ():
         plans[name] = Plan(8, plans[name].group, options.activations)
     return plans

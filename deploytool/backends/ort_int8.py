@@ -7,26 +7,38 @@ most on the calibration feeds stay fp32 (onnx_products.py).
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import TENSOR_NAME_QUANT_SUFFIX, add_pre_process_metadata
 
-from deploytool.backends import saturation, tables
+from deploytool.backends import ort_mixed, saturation, sensitivity, tables
 from deploytool.backends.base import Request
-from deploytool.backends.onnx_products import products_to_keep, with_products
+from deploytool.backends.measured import MEASURED, opened_with
+from deploytool.backends.onnx_products import (
+    all_effects,
+    constant_products,
+    dynamic_rounding,
+    products_to_keep,
+    with_products,
+)
 from deploytool.backends.onnx_qdq import Scheme
+from deploytool.backends.ort_generate import session_options
 from deploytool.errors import InputRefused, UsageProblem, nearest
+from deploytool.signature import Feeds
 
 _INT8_OPS = ("MatMulInteger", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "ConvInteger", "Gather")
 _LARGEST_BYTES = 1_900_000_000  # a file of one piece must stay below 2 GB
 _COLUMNS = 64  # looked at together
+_HELD = 32  # calibration feeds that the loss is taken on where products are given back by it
 
 
 def quantize(source: Path, request: Request, options: tables.OnnxRuntimeBuild, out: Path) -> dict[str, Any]:
@@ -36,19 +48,16 @@ def quantize(source: Path, request: Request, options: tables.OnnxRuntimeBuild, o
     _check_names(model, options)
     bits = 7 if options.reduce_range else 8
     whole = _whole_bits(model) if options.reduce_range else []
-    kept = [*options.exclude]
-    if "MatMul" in options.int8_ops:
+    kept, told = [*options.exclude], {}
+    if options.mixed == MEASURED and "MatMul" in options.int8_ops and constant_products(model, options):
+        told = {"measured": _weighed(model, request, options, bits, whole)}
+        kept += ort_mixed.kept(told["measured"])
+    elif "MatMul" in options.int8_ops:
         kept += products_to_keep(model, request, options, bits, whole)
-    quantize_dynamic(
-        model, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=options.reduce_range,
-        op_types_to_quantize=list(options.int8_ops), nodes_to_exclude=kept,
-        use_external_data_format=model.ByteSize() > _LARGEST_BYTES,
-        # Operators of com.microsoft have no shape inference; without a default the quantizer stops at their weights.
-        extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True,
-                       "TensorQuantOverrides": {name: [{"axis": 1, "reduce_range": False}] for name in whole}},
-    )  # fmt: skip
-    written = onnx.load(out)
+    written = _written(model, options, kept, whole, out)
     done = _int8_nodes(written)
+    if not done and told:
+        raise ort_mixed.nothing_left(told["measured"])
     if not done:
         there = ", ".join(sorted({node.op_type for node in model.graph.node}))
         raise InputRefused(
@@ -59,7 +68,53 @@ def quantize(source: Path, request: Request, options: tables.OnnxRuntimeBuild, o
     weights = list(_weights(written))
     in_8 = sorted({name.removesuffix(TENSOR_NAME_QUANT_SUFFIX) for name, *_ in weights}.intersection(whole))
     return {"int8": done, "kept_fp32": kept, "weight_bits": bits, "weights_in_8_bits": in_8,
-            "can_saturate": saturation.counted(weights)}  # fmt: skip
+            "can_saturate": saturation.counted(weights), **told}  # fmt: skip
+
+
+def _written(
+    model: ModelProto, options: tables.OnnxRuntimeBuild, kept: Sequence[str], whole: Sequence[str], out: Path
+) -> ModelProto:
+    """The graph with all in int8 but for the nodes `kept`, written to `out`; weights named in `whole` have 8 bits."""
+    quantize_dynamic(
+        model, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=options.reduce_range,
+        op_types_to_quantize=list(options.int8_ops), nodes_to_exclude=list(kept),
+        use_external_data_format=model.ByteSize() > _LARGEST_BYTES,
+        # Operators of com.microsoft have no shape inference; without a default the quantizer stops at their weights.
+        extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True,
+                       "TensorQuantOverrides": {name: [{"axis": 1, "reduce_range": False}] for name in whole}},
+    )  # fmt: skip
+    return onnx.load(out)
+
+
+def _weighed(
+    model: ModelProto, request: Request, options: tables.OnnxRuntimeBuild, bits: int, whole: Sequence[str]
+) -> dict[str, Any]:
+    """What the matrix products gain and cost; see `ort_mixed.weighed`."""
+    products = constant_products(model, options)
+    settings = opened_with(request, options)
+    held = sensitivity.spread(request.calibration(), _HELD)
+    exact: list[list[np.ndarray]] = []
+
+    def rounded(kept: Sequence[str] = ()) -> ModelProto:
+        with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
+            return _written(model, options, [*options.exclude, *kept], whole, Path(folder) / "model.onnx")
+
+    def loss(kept: Sequence[str]) -> float:
+        exact[:] = exact or _outputs(model, held, settings)
+        return max(map(sensitivity.sample_loss, exact, _outputs(rounded(kept), held, settings)))
+
+    def effects(names: Sequence[str]) -> Mapping[str, float]:
+        chosen = [node for node in products if node.name in names]
+        return all_effects(model, chosen, dynamic_rounding(model, chosen, bits, whole), request, options)
+
+    timed = sensitivity.spread(request.calibration(), options.samples)
+    return ort_mixed.weighed(request, ort_mixed.Choice(model, products, rounded, effects, loss, timed, settings))
+
+
+def _outputs(model: ModelProto, feeds: Sequence[Feeds], settings: Mapping[str, Any]) -> list[list[np.ndarray]]:
+    session = ort.InferenceSession(model.SerializeToString(), session_options(settings),
+                                   providers=["CPUExecutionProvider"], disabled_optimizers=settings["without"])
+    return [session.run(None, dict(one)) for one in feeds]
 
 
 def _whole_bits(model: ModelProto) -> list[str]:

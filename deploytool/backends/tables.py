@@ -116,6 +116,7 @@ _DYNAMIC_OPS = ("MatMul", "LSTM", "Attention")
 _INT8_OPS = {"static": ("MatMul", "Conv"), "weights": ()}
 # What ONNX Runtime calls the inputs that a product of low-bit weights computes with.
 ACCURACY_LEVELS = {"fp32": 1, "int8": 4}
+GROUPS = (16, 32, 64, 128)
 
 
 class OnnxRuntimeBuild(KeepFp32):
@@ -135,12 +136,17 @@ class OnnxRuntimeBuild(KeepFp32):
     reduce_range   dynamic and static: 7-bit weights where 8 bits could saturate on CPUs without VNNI
     format         "ort": the optimized graph in ONNX Runtime's own format, with the file of the operators that it
                    needs, from which a smaller runtime can be built
+    mixed          dynamic and static: "sensitivity" leaves the products in fp32 that cost the outputs most; "measured"
+                   those that are no faster in int8 on the machine that builds, and of the others those that gain least
+                   for what they cost, until the loss is three quarters of what is allowed (see docs/targets.md)
     fp32_ops       fp16: operators that stay fp32, beside those that always do
     calibration    static: how ranges follow from the feeds; "percentile" leaves out 0.001 % at either end, "entropy"
                    cuts where least information is lost, "auto" takes the one that loses least on the feeds
     calibration_samples   static and fp16: how many calibration feeds are read
     group          weights alone: how many weights of a row share a scale
-    activations    weights alone: the inputs of a product as "fp32", or per group as "int8", which is faster
+    activations    weights alone: the inputs of a product as "fp32", or per group as "int8", which is faster.
+                   "measured", here and in `group`: the quickest on the machine that builds, of all that keep to the
+                   profile's limits on the recorded cases
     int8_share     int4: the share of the weights that gets 8 bits, those that lose most
 
     For weights alone `exclude` takes patterns of weights' names ("*lm_head*"), and `keep_fp32` is not used.
@@ -155,11 +161,12 @@ class OnnxRuntimeBuild(KeepFp32):
     fp32_ops: tuple[str, ...] = Field(default=(), strict=False)
     scheme: Literal["dynamic", "static", "weights"] = "dynamic"
     op_types: tuple[Literal["MatMul", "LSTM", "Attention", "Gather", "Conv"], ...] = Field(default=(), strict=False)
+    mixed: Literal["sensitivity", "measured"] = "sensitivity"
     reduce_range: bool = True
     calibration: Literal["auto", "min-max", "percentile", "entropy"] = "auto"
     calibration_samples: int = Field(default=32, ge=1, le=10_000)
-    group: Literal[16, 32, 64, 128] = 64
-    activations: Literal["fp32", "int8"] = "int8"
+    group: Literal[16, 32, 64, 128, "measured"] = 64
+    activations: Literal["fp32", "int8", "measured"] = "int8"
     int8_share: float = Field(default=0.0, ge=0, le=1)
 
     @property
@@ -174,6 +181,9 @@ class OnnxRuntimeBuild(KeepFp32):
                              f"(got {', '.join(unknown)}; {nearest(unknown[0], ort_optimizers.NAMES)})")  # fmt: skip
         if self.scheme == "static" and (others := set(self.op_types) - set(_INT8_OPS["static"])):
             raise ValueError(f'must have "MatMul" and "Conv" alone in op_types for static int8 (got {sorted(others)})')
+        if self.mixed == "measured" and self.keep_fp32 is not None:
+            raise ValueError('must leave keep_fp32 out with mixed = "measured", which counts by itself '
+                             f"(got {self.keep_fp32})")  # fmt: skip
         return self
 
 

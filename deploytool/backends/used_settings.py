@@ -77,7 +77,7 @@ _USED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "scheme": (_DYNAMIC, _STATIC, _WEIGHTS),
         "fuse": ("fp32", _WEIGHTS, "int4"),
         "fp32_ops": ("fp16",),
-        **dict.fromkeys(("op_types", "reduce_range", "keep_fp32", "samples"), (_DYNAMIC, _STATIC)),
+        **dict.fromkeys(("op_types", "reduce_range", "mixed", "keep_fp32", "samples"), (_DYNAMIC, _STATIC)),
         "exclude": (_DYNAMIC, _STATIC, _WEIGHTS, "int4"),
         "calibration": (_STATIC,),
         "calibration_samples": (_STATIC, "fp16"),

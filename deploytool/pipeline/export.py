@@ -41,8 +41,8 @@ _LARGE_BYTES = 300_000_000  # of weights: beside these, a process that only wait
 # What a result holds where there is nothing to tell: every result has every key.
 _NOTHING: dict[str, Any] = {
     "target": None, "status": None, "reason": None, "artifact": None, "artifact_digest": None, "size_bytes": None,
-    "precision": None, "executed": None, "ran": None, "parity": None, "compression": None, "quality": {},
-    "generation": None, "speed": None, "memory": None, "findings": [], "seconds": {}, "kept": None,
+    "precision": None, "executed": None, "ran": None, "measured": None, "parity": None, "compression": None,
+    "quality": {}, "generation": None, "speed": None, "memory": None, "findings": [], "seconds": {}, "kept": None,
 }  # fmt: skip
 Say = Callable[[str], None]
 
@@ -352,6 +352,7 @@ def _stages(
         "precision": artifact.precision,
         "executed": artifact.executes,
         "ran": ran,
+        "measured": artifact.settings.get("measured"),
         "parity": {"passed": not judge_parity(parity, target.parity), "shapes": reference.prepared.info["shapes"],
                    **parity},
         "compression": compression,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploytool.artifact import Artifact
-from deploytool.backends import saturation
+from deploytool.backends import measured, saturation
 from deploytool.backends.base import find_backend
 from deploytool.bench.environment import environment
 from deploytool.cache import Prepared
@@ -42,6 +42,7 @@ def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[
     findings += [*_of_what_ran(target, artifact), *_of_script(artifact.settings)]
     if "note" in artifact.settings:
         findings.append(str(artifact.settings["note"]))
+    findings += measured.told(artifact.settings)
     return findings + saturation.told(artifact.settings, environment()["cpu_flags"])
 
 

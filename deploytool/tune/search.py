@@ -264,6 +264,8 @@ class Search:
 
     def _layers(self, base: Trial) -> list[tuple[str, Any]]:
         """How many layers to keep in fp32 beside the profile's own choice and none: more of them, or half as many."""
+        if base.config.profile.build.get("mixed") == "measured":
+            return []  # which counts by itself
         count = len(base.product.artifact.settings.get("kept_fp32") or ()) if base.product else 0
         none = self.trials.get(base.config.with_change("build.keep_fp32", 0).name)
         if count and base.reason is not None:

@@ -81,6 +81,8 @@ class Config:
 
 def _fits(profile: Target, key: str) -> bool:
     """Whether a setting does anything in the profile's scheme: a build that comes out the same is wasted."""
+    if key == "keep_fp32" and profile.build.get("mixed") == "measured":
+        return False  # which counts by itself
     static = profile.build.get("scheme") == "static" and key == "op_types"  # embeddings are of dynamic int8
     return does_something(profile, key) and not static
 

@@ -113,6 +113,8 @@ def wrong(tmp_path: Path, backend: str, precision: str, build: str, rest: str = 
         ("onnxruntime", "int8", "scheme = 'weights'\nkeep_fp32 = 1", 'it is of int8 with scheme = "dynamic"'),
         ("onnxruntime", "int8", "int8_share = 0.5", "take it out (it is of int4)"),
         ("onnxruntime", "fp16", "fuse = false", "'build.fuse' does nothing in fp16"),
+        ("onnxruntime", "int4", "mixed = 'measured'", 'does nothing in int4: take it out (it is of int8 with scheme'),
+        ("onnxruntime", "int8", "group = 'measured'", "'build.group' does nothing in int8 with scheme"),
         ("fbgemm", "int8", "scheme = 'static'\nembeddings = true", "'build.embeddings' does nothing"),
         ("inductor_int8", "int8", "scheme = 'dynamic'\ncalibration = 'min-max'", "'build.calibration' does nothing"),
         ("executorch", "fp32", "exclude = ['x']", "'build.exclude' does nothing in fp32"),

@@ -69,6 +69,7 @@ class Workshop:
             calibration=lambda: self.feeds(name),
             cases=lambda: self.feeds(name),
             out=out,
+            references=lambda: (self.reference(name, feeds) for feeds in self.feeds(name)),
         )
 
     def feeds(self, name: str) -> list[Outputs]:
