@@ -65,12 +65,12 @@ class ModuleRunner(EngineRunner):
         return TensorCache(self.module, self.signature) if decodes(self.signature) and others == takes else None
 
     def infer(self, feeds: Feeds) -> Sequence[np.ndarray]:
-        """Run under inference mode; torch's errors become BackendFailed."""
+        """Run under inference mode; torch's errors, and the module's own, become BackendFailed."""
         tensors = positional(self.signature, feeds)
         try:
             with torch.inference_mode():
                 outputs = self.module(*tensors)
-        except RuntimeError as error:
+        except Exception as error:  # the module's own code runs here, compiled by torch.jit.script or not
             raise BackendFailed("DT504", f"the module must run on feeds that fit its signature (got: {error})"[:2000],
                                 detail=[f"{n}: {list(a.shape)}" for n, a in feeds.items()]) from error  # fmt: skip
         return [tensor.numpy() for tensor in as_tuple(outputs)]

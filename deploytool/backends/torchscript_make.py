@@ -178,7 +178,7 @@ def _difference(script: Any, module: nn.Module, request: Request) -> str:
             wanted = as_tuple(module(*(tensor.clone() for tensor in given)))
             try:
                 got = as_tuple(script(*(tensor.clone() for tensor in given)))
-            except RuntimeError as error:
+            except (RuntimeError, torch.jit.Error) as error:  # the latter where the script itself raises
                 return f"it fails on feeds {index} ({' '.join(str(error).split())[-200:]})"
         for spec, right, other in zip(specs, wanted, got, strict=True):
             found = Difference(spec.name, bool(spec.shape) and spec.shape[0] == "batch")

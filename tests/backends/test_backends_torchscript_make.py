@@ -14,10 +14,10 @@ torch = pytest.importorskip("torch")
 
 from deploytool.backends.base import Request, build_artifact, load_checked_target, open_artifact  # noqa: E402
 from deploytool.backends.cut import open_cuts  # noqa: E402
-from deploytool.backends.eager import as_tuple  # noqa: E402
+from deploytool.backends.eager import ModuleRunner, as_tuple  # noqa: E402
 from deploytool.backends.torchscript_make import quiet_jit, save_script  # noqa: E402
 from deploytool.cases import Case  # noqa: E402
-from deploytool.errors import InputRefused  # noqa: E402
+from deploytool.errors import BackendFailed, InputRefused  # noqa: E402
 from deploytool.load.flat import no_fast_path  # noqa: E402
 from deploytool.load.model import open_source  # noqa: E402
 from deploytool.source import ModelRef  # noqa: E402
@@ -204,6 +204,38 @@ def test_a_module_at_two_places_is_compiled_at_both(tmp_path: Path, workshop: Wo
     assert made["scripted"] == ["first", "second"]
     (line,) = made["fixed_by_trace"]
     assert "return x if bool(x.abs().max() < 9)" in line
+
+
+STRICT = """
+import torch
+from torch import Tensor, nn
+
+INPUTS = {"x": ("batch", 16)}
+
+class Model(nn.Module):
+    def forward(self, x: Tensor):
+        if bool(x.max() > 5):
+            raise ValueError("x must be small")
+        return x if bool(x.sum() > 0) else -2 * x
+
+def build():
+    return Model().eval()
+
+def samples():
+    return [{"x": torch.ones(2, 16)}, {"x": -torch.ones(3, 16)}]
+"""
+
+
+def test_what_a_model_raises_is_a_backend_failure(tmp_path: Path, workshop: Workshop) -> None:
+    """An error of the model's own must be told as one, live and compiled, where torch gives it a class of its own."""
+    assert _saved(workshop, tmp_path, STRICT)["scripted"] == [""]
+    source = open_source(ModelRef("python", "free", str(tmp_path / "free.py")))
+    with quiet_jit():
+        script = torch.jit.script(source.module)
+    for module in (source.flat, script):
+        with pytest.raises(BackendFailed) as failed:
+            ModuleRunner(module, source.signature).run({"x": np.full((2, 16), 9, np.float32)})
+        assert "x must be small" in str(failed.value)
 
 
 def test_torchs_own_code_decides_by_values(tmp_path: Path, workshop: Workshop) -> None:
