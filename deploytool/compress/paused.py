@@ -27,8 +27,8 @@ from deploytool.compress.calls import Call, leaves, plain_forward, refill
 from deploytool.load.flat import no_fast_path
 from deploytool.load.memory import give_back, on_disk, share_arena
 
-_LARGE = 2**21  # bytes of what a call is about to read: it waits on disk
-_TRIM = 4  # calls that may run before what they have freed between what they hold is returned to the system
+LARGE = 2**21  # bytes of what a call is about to read: it waits on disk
+_TRIM = 8  # calls that may run before what they have freed between what they hold is returned to the system
 
 
 class _Stopped(BaseException):
@@ -93,7 +93,7 @@ class Paused:
         written: Collection[int] = (), *, low: bool = False,
     ) -> None:  # fmt: skip
         self._passes = [_Pass(lambda call=call: forward(module, own(call, written), low=low)) for call in calls]  # type: ignore[misc]
-        self._layers, self._closed = layers, set(layers)
+        self._layers, self._closed, self._low = layers, set(layers), low
         self._running: _Pass | None = None
         self._stack = ExitStack()
         self.again: set[str] = set()
@@ -132,7 +132,7 @@ class Paused:
             while one.at not in self._closed and not one.over:
                 self._run(one)
             if one.at in names and one.x is not None:
-                if one.x.nbytes >= _LARGE:
+                if one.x.nbytes >= LARGE:
                     one.x.data = on_disk(one.x.detach())
                 found.append(one.x)
             if number % _TRIM == 0:
@@ -141,7 +141,13 @@ class Paused:
 
     def release(self, names: Iterable[str]) -> None:
         """The named layers are done: calls run through them from now on."""
-        self._closed.difference_update(names)
+        done = set(names)
+        self._closed -= done
+        for name in done if self._low else ():
+            weight = self._layers[name].get_parameter("weight")
+            if not weight.requires_grad:  # of those that do autocast keeps its copy, one for all calls
+                weight.requires_grad_(True)
+                self._stack.callback(weight.requires_grad_, False)
 
     def outputs(self) -> Iterator[Any]:
         """What every call gives; all layers are released."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from deploytool.compress.blocks import Block, Moments, Stage, Total, check_finite, paired_moments
 from deploytool.compress.calls import leaves
 from deploytool.compress.matrices import gram, matrix, rows
-from deploytool.compress.paused import Paused, forward, own
+from deploytool.compress.paused import LARGE, Paused, forward, own
 from deploytool.errors import InputRefused
 from deploytool.load.memory import drop_pages, give_back, on_disk
 
@@ -106,30 +106,21 @@ class Turns:
         give_back()
 
     def _summed(self, parts: Sequence[Tensor]) -> Total:
-        made: Total | None = None
+        rows, total = _Rows(low=self.low), None
         for start in range(0, len(parts), _TOGETHER):
-            x = _taken(parts[start : start + _TOGETHER])
-            value = _product(x, x, low=self.low)
-            made = Total(value.double() if made is None else made.sum.add_(value), len(x) + (made.rows if made else 0))
-            del x, value
-        if made is None:
-            raise AssertionError("a stage is what the largest call reads")
-        return made
+            x = rows.varying(_taken(parts[start : start + _TOGETHER]))
+            total = _plus(total, gram(x))
+            del x
+        return Total(_whole(total, rows, rows), rows.count)
 
     def _paired(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> Moments:
-        made: Moments | None = None
+        rows0, rows = _Rows(low=self.low), _Rows(low=self.low)
+        own, cross = None, None
         for start in range(0, len(now), _TOGETHER):
-            x0, x = (_taken(parts[start : start + _TOGETHER]) for parts in (before, now))
-            own, cross = _product(x, x, low=self.low), _product(x0, x, low=self.low)
-            if made is None:
-                made = Moments(own.double(), cross.double(), len(x))
-            else:
-                made.gram += own
-                made.cross += cross
-                made.rows += len(x)
-        if made is None:
-            raise AssertionError("a stage is what the largest call reads")
-        return made
+            parts = (_taken(parts[start : start + _TOGETHER]) for parts in (before, now))
+            x0, x = (side.varying(part) for side, part in zip((rows0, rows), parts, strict=True))
+            own, cross = _plus(own, gram(x)), _plus(cross, x0.T @ x)
+        return Moments(_whole(own, rows, rows), _whole(cross, rows0, rows), rows.count)
 
     def _may_wait(self, block: Block, stages: Sequence[Stage]) -> list[int] | None:
         """Which leaves of a call the block writes into, or None where its calls cannot wait side by side.
@@ -147,9 +138,9 @@ class Turns:
 
 
 def _taken(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all; what lies on disk is not held twice."""
+    """The rows of all, a copy; what lies on disk is not held twice."""
     x = torch.cat(list(parts))
-    drop_pages(parts)
+    drop_pages(part for part in parts if part.nbytes >= LARGE)
     return x
 
 
@@ -161,26 +152,47 @@ def _refuse_again(names: set[str]) -> None:
                            fix="exclude the layer, or leave out the samples")  # fmt: skip
 
 
-def _product(x0: Tensor, x: Tensor, *, low: bool) -> Tensor:
-    """x0^T x [in, in] of rows, in float32 or finer; exactly symmetric where both are one tensor.
+class _Rows:
+    """Rows [n, in] that come in parts, as they are multiplied: with `low` in bfloat16, and without a mean.
 
-    In bfloat16 only what varies is multiplied, and the means are added afterwards: a product of them would be rounded
-    to more than what distinguishes the rows.
+    A product of the mean, the first part's, would be rounded to more than what distinguishes the rows; `_whole` adds it
+    afterwards.
     """
-    if not low:
-        return gram(x) if x0 is x else x0.T @ x
-    mean0, off0, rest0 = _centred(x0)
-    mean, off, rest = (mean0, off0, rest0) if x0 is x else _centred(x)
-    varying = (gram(off) if x0 is x else off0.T @ off).double()
-    half0, half = (r + len(x) / 2 * m for r, m in ((rest0, mean0), (rest, mean)))
+
+    def __init__(self, *, low: bool) -> None:
+        self.low, self.count = low, 0
+        self.mean: Tensor | None = None  # [in]
+        self.rest: Tensor | float = 0.0  # [in], float64: the sum of what is multiplied, as it is rounded
+
+    def varying(self, x: Tensor) -> Tensor:
+        """The part X as it is multiplied; X itself may be changed."""
+        self.count += len(x)
+        if not self.low:
+            return x
+        if self.mean is None:
+            self.mean = x.mean(dim=0, dtype=torch.float32)
+        off = x.sub_(self.mean).bfloat16()
+        self.rest = off.sum(dim=0, dtype=torch.float32).double() + self.rest
+        return off
+
+
+def _whole(varying: Tensor | None, first: _Rows, second: _Rows) -> Tensor:
+    """X0^T X [in, in] of all rows from the product of what varies, float64, which is changed; symmetric where that is.
+
+    (1 m0^T + R0)^T (1 m^T + R) = R0^T R + m0 r^T + r0 m^T + n m0 m^T  with the sums r of what varies
+    """
+    if varying is None:
+        raise AssertionError("a stage is what the largest call reads")
+    if first.mean is None or second.mean is None:
+        return varying
+    mean0, mean = first.mean.double(), second.mean.double()
+    half0, half = (side.count / 2 * m + side.rest for side, m in ((first, mean0), (second, mean)))
     return varying.add_(torch.outer(mean0, half).add_(torch.outer(half0, mean)))
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows' mean [in], the rows without it in bfloat16, and the sum [in] that rounding leaves of these."""
-    mean = x.float().mean(dim=0)
-    off = (x.float() - mean).bfloat16()
-    return mean.double(), off, off.double().sum(dim=0)
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    """Their sum in float64."""
+    return value.double() if total is None else total.add_(value)
 
 
 def _computes_bfloat16() -> bool:

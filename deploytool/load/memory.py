@@ -38,11 +38,12 @@ def share_arena() -> None:
 
 def drop_pages(tensors: Iterable[Tensor]) -> None:
     """Let go of the pages of tensors that lie in mapped files: they are read from the file when they are used again."""
-    if not _LINUX:
+    given = list(tensors)
+    if not _LINUX or not given:
         return
     with contextlib.suppress(OSError, AttributeError):
         library, mapped = ctypes.CDLL(None), _mapped_files()
-        for tensor in tensors:
+        for tensor in given:
             start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if start < stop and any(low <= start and stop <= high for low, high in mapped):

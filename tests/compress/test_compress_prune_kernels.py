@@ -12,7 +12,9 @@ from deploytool.compress.prune import wanda
 from deploytool.compress.prune.magnitude import keep_mask
 from deploytool.compress.prune.pattern import check_widths, keep_in_rows, keep_of_groups
 from deploytool.compress.prune.repair import fit_kept
-from deploytool.compress.prune.sparsegpt import relative_error, root_of, sparsify
+from deploytool.compress.prune.sparsegpt import relative_error, sparsify
+from deploytool.compress.quantize.gptq import inverse_root, ridge_of, root_of
+from deploytool.compress.quantize.layers import output_error
 from deploytool.compress.quantize.ranges import choose
 from deploytool.errors import BackendFailed, UsageProblem
 from deploytool.load.grid import lies_on, snap
@@ -60,13 +62,40 @@ def test_wanda_is_the_formula() -> None:
         assert set(np.flatnonzero(~keep[row].numpy())) == set(np.argsort(score[row])[: round(0.4 * 48)])
 
 
-def test_root_is_the_inverses_factor() -> None:
-    """U must be upper triangular with U^T U the inverse of the damped moments."""
+def _lost(weight: Tensor, new: Tensor, moments: Tensor) -> float:
+    """||(W - W') X||^2 / ||W X||^2."""
+    return output_error(weight, new, moments) ** 2
+
+
+@pytest.mark.parametrize(("fine", "near"), [(True, 1e-9), (False, 1e-3)])
+def test_root_is_the_inverses_factor(fine: bool, near: float) -> None:
+    """U must be upper triangular with U^T U the inverse of the damped moments, to float64's or float32's accuracy."""
     _, moments = _layer()
-    root, damping = root_of(moments, 0.01)
+    root, damping = root_of(moments, 0.01, fine=fine)
     assert damping == 0.01 and torch.equal(root, root.triu())
+    assert root.dtype == (torch.float64 if fine else torch.float32)
     damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    torch.testing.assert_close(root.T @ root @ damped, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-9)
+    root = root.double()
+    torch.testing.assert_close(root.T @ root @ damped, torch.eye(48, dtype=torch.float64), rtol=0, atol=near)
+
+
+def test_root_takes_float64_where_float32_is_not_enough() -> None:
+    """Moments that only float32 finds indefinite must not be damped more."""
+    x = torch.ones(100, 40, dtype=torch.float64) + 1e-4 * torch.randn(100, 40, dtype=torch.float64)
+    moments = x.T @ x
+    with pytest.raises(AssertionError):
+        assert inverse_root(moments.float(), 1e-9)[1] == 1e-9
+    root, damping = root_of(moments, 1e-9)
+    assert damping == 1e-9 and bool(torch.isfinite(root).all())
+
+
+def test_ridge_is_what_the_root_adds() -> None:
+    """G + L must be the inverse of U^T U, for inputs that are always zero and for such that are not."""
+    _, moments = _layer()
+    moments[5], moments[:, 5] = 0.0, 0.0
+    root, damping = root_of(moments, 0.02, fine=True)
+    whole = moments + ridge_of(moments, damping).diag()
+    torch.testing.assert_close(root.T @ root @ whole, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_damping_grows_until_it_serves() -> None:
@@ -117,9 +146,9 @@ def test_each_method_loses_less_than_the_simpler_one() -> None:
     """On correlated inputs SparseGPT must lose less of the outputs than Wanda, and that less than magnitude."""
     weight, moments = _layer(rows=64)
     masks = [keep_mask(weight, weight.numel() // 2), wanda.keep_mask(weight, moments.diagonal(), 0.5, None)]
-    simple = [relative_error(weight, weight * mask, moments) for mask in masks]
+    simple = [_lost(weight, weight * mask, moments) for mask in masks]
     new, _ = sparsify(weight, root_of(moments, 0.01)[0], 0.5, block=48)
-    assert relative_error(weight, new, moments) < 0.8 * simple[1] < 0.8 * simple[0]
+    assert _lost(weight, new, moments) < 0.8 * simple[1] < 0.8 * simple[0]
 
 
 def test_earlier_zeros_stay_first() -> None:
@@ -138,7 +167,7 @@ def test_more_earlier_zeros_than_asked_for_stay(kept_of: tuple[int, int] | None)
     root, _ = root_of(moments, 0.01)
     new, keep = sparsify(weight, root, 0.5, kept_of, block=48, before=before)
     assert not (keep & ~before).any() and not new[~before].any()
-    assert relative_error(weight, new, moments) < relative_error(weight, weight * keep, moments)
+    assert _lost(weight, new, moments) < _lost(weight, weight * keep, moments)
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
@@ -159,7 +188,7 @@ def test_joint_rounding_makes_good_for_itself() -> None:
     joint, keep = sparsify(weight, root, 0.25, block=16, grid=grid)
     assert lies_on(joint, grid) and not joint[~keep].any() and int((~keep).sum()) == weight.numel() // 4
     after = snap(sparsify(weight, root, 0.25, block=16)[0], grid)
-    assert relative_error(weight, joint, moments) < 0.9 * relative_error(weight, after, moments)
+    assert _lost(weight, joint, moments) < 0.9 * _lost(weight, after, moments)
 
 
 def test_fit_of_what_is_kept_is_least_squares() -> None:
@@ -168,12 +197,24 @@ def test_fit_of_what_is_kept_is_least_squares() -> None:
     keep = torch.rand(24, 48, generator=torch.Generator().manual_seed(2)) > 0.5
     damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     wanted = weight.double() @ damped
-    fitted = fit_kept(weight * keep, keep, damped, wanted, iterations=200)
+    fitted, left = fit_kept(weight * keep, keep, damped, wanted, iterations=200)
     assert not fitted[~keep].any()
     for row in range(0, 24, 5):
         kept = keep[row]
         exact = torch.linalg.solve(damped[kept][:, kept], wanted[row, kept])
         torch.testing.assert_close(fitted[row, kept].double(), exact, rtol=1e-2, atol=1e-3)
-    rough = fit_kept(weight * keep, keep, damped, wanted, iterations=5)
-    errors = [relative_error(weight, w, damped) for w in (weight * keep, rough, fitted)]
+    near = 1e-5 * float(wanted.abs().max())
+    torch.testing.assert_close(left.double(), wanted - fitted.double() @ damped, rtol=0, atol=near)
+    rough, _ = fit_kept(weight * keep, keep, damped, wanted, iterations=5)
+    errors = [_lost(weight, w, damped) for w in (weight * keep, rough, fitted)]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_error_is_that_of_the_outputs() -> None:
+    """The report's error must be ||(W - W') X||^2 / ||W X||^2, made from what the fit has left."""
+    weight, moments = _layer()
+    ridge = ridge_of(moments, 0.01)
+    whole = moments + ridge.diag()
+    new, left = fit_kept(weight * (weight > 0), weight > 0, whole, weight.double() @ whole, iterations=6)
+    error = relative_error(weight, new, weight.double() @ whole, left, ridge)
+    assert error == pytest.approx(_lost(weight, new, moments), rel=1e-3)

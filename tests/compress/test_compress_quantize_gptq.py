@@ -71,7 +71,7 @@ def test_columns_are_those_of_one_inverse_per_column() -> None:
     """The kernel must give what updating the inverse after every column gives."""
     weight, moments = _problem(8, 60)
     encoding = choose(weight, 4, 16, False)
-    rounded, _, _ = gptq(weight, moments, dataclasses.replace(_how(16), damping=0.01))
+    rounded, *_ = gptq(weight, moments, dataclasses.replace(_how(16), damping=0.01))
     expected = _by_inverses(weight, moments, encoding)
     assert ((rounded - expected).abs() > 1e-4).float().mean() < 0.01  # a tie may fall to the other side in float32
     assert output_error(weight, rounded, moments) == pytest.approx(output_error(weight, expected, moments), rel=0.02)
@@ -85,10 +85,12 @@ def test_nearer_than_rounding(group: int, order: str, static: bool) -> None:
     weight, moments = _problem()
     how = _how(group, order=order, static=static)
     plain = output_error(weight, snap(weight, choose(weight, 4, group, False)), moments)
-    rounded, encoding, damping = gptq(weight, moments, how)
+    rounded, encoding, damping, lost = gptq(weight, moments, how)
     assert lies_on(rounded, encoding) and damping == 0.01 and encoding.whole_zero_points
     assert output_error(weight, rounded, moments) < 0.98 * plain
-    again, _, _ = gptq(weight, moments, how)
+    off = weight.double() - rounded.double()
+    torch.testing.assert_close(lost.double(), ((off @ moments) * off).sum(dim=1), rtol=1e-2, atol=0)
+    again, *_ = gptq(weight, moments, how)
     assert torch.equal(rounded, again)
 
 
@@ -105,10 +107,10 @@ def test_zeros_and_dead_inputs() -> None:
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
     moments[7], moments[:, 7] = 0, 0
     weight = weight * keep
-    rounded, encoding, _ = gptq(weight, moments, _how(32, order="activation"), keep)
+    rounded, encoding, *_ = gptq(weight, moments, _how(32, order="activation"), keep)
     assert (rounded[~keep] == 0).all() and lies_on(rounded, encoding)
     assert torch.equal(rounded[:, 7], snap(weight, encoding)[:, 7])
-    rounded, encoding, _ = gptq(weight, torch.zeros_like(moments), _how(32))
+    rounded, encoding, *_ = gptq(weight, torch.zeros_like(moments), _how(32))
     assert torch.equal(rounded, snap(weight, encoding))
 
 

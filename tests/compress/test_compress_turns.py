@@ -16,7 +16,7 @@ from deploytool.compress import turns as turns_module
 from deploytool.compress.blocks import Block, walk_blocks
 from deploytool.compress.calls import leaves, replay
 from deploytool.compress.matrices import matrix, matrix_layers, set_matrix
-from deploytool.compress.paused import Paused, _Pass
+from deploytool.compress.paused import Paused, _Pass, forward, own
 from deploytool.compress.turns import Turns
 from deploytool.errors import InputRefused
 from deploytool.load import memory
@@ -108,7 +108,7 @@ def test_waiting_calls_give_what_new_calls_give(
 def test_what_waits_on_disk_is_the_same(tiny: Source, monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]) -> None:
     """Large tensors that calls wait with must lie in files, and give what they give in memory, bit by bit."""
     in_memory, weights, _ = _walked(_chain(tiny, **kind))
-    monkeypatch.setattr(paused_module, "_LARGE", 1)
+    monkeypatch.setattr(paused_module, "LARGE", 1)
     monkeypatch.setattr(memory, "_LEAST", 1)
     mapped: list[bool] = []
     right = turns_module._taken
@@ -333,11 +333,34 @@ def test_finished_weights_lie_on_disk(tiny: Source) -> None:
 
 
 def test_rows_with_a_strong_mean_keep_their_differences_in_low_precision() -> None:
-    """Nearly equal rows must give a matrix whose small directions are those of float64, and a symmetric one."""
-    x = 50 + torch.randn(512, 40, generator=torch.Generator().manual_seed(0))
-    exact, low = x.double().T @ x.double(), turns_module._product(x, x, low=True)
-    low_cross = turns_module._product(x, 2 * x, low=True)
-    assert torch.equal(low, low.T)
-    small, found = torch.linalg.eigvalsh(exact)[:-1], torch.linalg.eigvalsh(low)[:-1]
+    """Nearly equal rows must give a symmetric matrix whose small directions are those of float64, however they come."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [50 + torch.randn(512, 40, generator=generator) for _ in range(6)]
+    x, turns = torch.cat(parts).double(), Turns("bfloat16")
+    exact = x.T @ x
+    low = turns._summed([part.clone() for part in parts])
+    both = turns._paired([part.clone() for part in parts], [2 * part for part in parts])
+    assert low.rows == both.rows == 3072 and torch.equal(low.sum, low.sum.T)
+    small, found = torch.linalg.eigvalsh(exact)[:-1], torch.linalg.eigvalsh(low.sum)[:-1]
     torch.testing.assert_close(found, small, rtol=0.02, atol=0)
-    torch.testing.assert_close(low_cross, 2 * exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(both.cross, 2 * exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(both.gram, 4 * exact, rtol=1e-4, atol=0)
+
+
+def test_low_precision_casts_the_changed_weights_once(tiny: Source) -> None:
+    """Autocast must keep copies of the weights that are done with, give what it gives without, and leave no trace."""
+    source, turns, seen = _chain(tiny), Turns("bfloat16"), 0
+    for block in walk_blocks(source, [n for n in matrix_layers(source.module)[0] if "layers" in n],
+                             list(source.samples())):  # fmt: skip
+        done: list[str] = []
+        for totals in turns.totals(block):
+            assert all(block.layers[name].get_parameter("weight").requires_grad for name in done)
+            seen += len(done)
+            for name in totals:
+                set_matrix(block.layers[name], matrix(block.layers[name]) * 0.5)
+            done += totals
+        assert block.given is not None
+        assert not any(layer.get_parameter("weight").requires_grad for layer in block.layers.values())
+        for call, given in zip(block.calls, block.given, strict=True):
+            assert torch.equal(forward(block.module, own(call, ()), low=True), given)
+    assert seen == 6

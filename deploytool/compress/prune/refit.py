@@ -61,7 +61,7 @@ def best_kept(start: Tensor, reading: Reading, keep: Tensor, damping: float) -> 
     ridge = damping * float(reading.gram.diagonal().mean()) or 1.0
     damped = reading.gram.clone()
     damped.diagonal().add_(ridge)
-    return fit_kept(start * keep, keep, damped, reading.wanted + ridge * reading.weight.double())
+    return fit_kept(start * keep, keep, damped, reading.wanted + ridge * reading.weight.double())[0]
 
 
 def best_damping(reading: Reading, kept: Tensor) -> float:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 
-def fit_kept(start: Tensor, keep: Tensor, gram: Tensor, wanted: Tensor, *, iterations: int = 12) -> Tensor:
-    """The weight [out, in] with W' G = B on the kept entries, as near as `iterations` steps come; float32.
+def fit_kept(
+    start: Tensor, keep: Tensor, gram: Tensor, wanted: Tensor, *, iterations: int = 12
+) -> tuple[Tensor, Tensor]:
+    """The weight W' [out, in] with W' G = B on the kept entries, as near as `iterations` steps come, and B - W' G of
+    all entries; float32.
 
     start   [out, in], zero outside `keep`
     gram    G = X^T X + l I [in, in], positive definite
@@ -22,17 +25,21 @@ def fit_kept(start: Tensor, keep: Tensor, gram: Tensor, wanted: Tensor, *, itera
     """
     w, g, mask = start.float().clone(), gram.float(), keep.float()
     scale = g.diagonal().clamp(min=1e-30)
-    residual = (wanted.float() - w @ g) * mask
-    step = residual / scale
-    rho = (residual * step).sum(dim=1, keepdim=True)
+    left = torch.addmm(wanted.float(), w, g, alpha=-1)
+    step = torch.zeros_like(w)
+    rho = w.new_zeros(len(w), 1)
     for _ in range(iterations):
-        ahead = (step @ g) * mask
-        curvature = (step * ahead).sum(dim=1, keepdim=True)
-        length = torch.where(curvature > 0, rho / curvature.clamp(min=1e-30), torch.zeros_like(rho))
-        w += length * step
-        residual -= length * ahead
-        scaled = residual / scale
-        after = (residual * scaled).sum(dim=1, keepdim=True)
-        step = scaled + torch.where(rho > 0, after / rho.clamp(min=1e-30), torch.zeros_like(rho)) * step
-        rho = after
-    return w
+        scaled = (left / scale).mul_(mask)
+        before, rho = rho, _along(left, scaled)
+        step.mul_(torch.where(before > 0, rho / before.clamp(min=1e-30), 0.0)).add_(scaled)
+        ahead = step @ g
+        curvature = _along(step, ahead)
+        length = torch.where(curvature > 0, rho / curvature.clamp(min=1e-30), 0.0)
+        w.addcmul_(length, step)
+        left.addcmul_(length, ahead, value=-1)
+    return w, left
+
+
+def _along(one: Tensor, two: Tensor) -> Tensor:
+    """The dot product of every row of the one with the other's, [out, 1]."""
+    return (one * two).sum(dim=1, keepdim=True)

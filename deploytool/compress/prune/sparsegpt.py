@@ -22,22 +22,15 @@ from deploytool.compress.prune.by_block import Layer, Pruned, prune_by_block
 from deploytool.compress.prune.pattern import keep_but_smallest, keep_of_groups
 from deploytool.compress.prune.repair import fit_kept
 from deploytool.compress.prune.tables import SparseGpt
-from deploytool.compress.quantize.gptq import inverse_root
+from deploytool.compress.quantize.gptq import ridge_of, root_of
 from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.step import Context
+from deploytool.compress.sweep import sweep
 from deploytool.encoding import Encoding
 from deploytool.load.grid import spread
 from deploytool.source import Source
 
-
-def root_of(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U of the formula above, float64, from X^T X [n, n], and the damping that it took; see `gptq.inverse_root`.
-
-    Inputs that are always zero count as independent of all others.
-    """
-    h = moments.double().clone()
-    h.diagonal().masked_fill_(h.diagonal() == 0, float(h.diagonal().mean()) or 1.0)
-    return inverse_root(h, damping)
+_FIT = 6  # iterations, each a product as large as W H: on SmolLM2-135M they bring 95 % of what thirty do
 
 
 def sparsify(
@@ -57,34 +50,39 @@ def sparsify(
     the later columns make good for the rounding too (section 3.5).
     """
     rows, columns = weight.shape
-    step = block if kept_of is None else -(-block // kept_of[1]) * kept_of[1]
+    width = block if kept_of is None else -(-block // kept_of[1]) * kept_of[1]
+    together = width if kept_of is None else kept_of[1]  # columns whose masks are chosen together
     w = weight.detach().float().T.contiguous()  # [in, out]: a column of the weight is contiguous
-    keep = torch.ones(columns, rows, dtype=torch.bool)
-    old = None if before is None else before.T
+    keep = torch.ones(columns, rows)
+    lost = torch.empty(columns, rows)
+    u = root.float()
+    diagonal = u.diagonal()[:, None]
     if grid is not None:
         scale, zero = (spread(t, columns, grid.group).T.contiguous() for t in (grid.scale, grid.zero_point))
-    u = root.float()
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        part, inner = w[start:stop], u[start:stop, start:stop].contiguous()
-        errors = torch.empty_like(part)
-        if kept_of is None:
-            cost = _cost(part, inner.diagonal(), old, start)
-            keep[start:stop] = keep_but_smallest(cost, round(share * cost.numel()))
-        for j in range(stop - start):
-            if kept_of is not None and j % kept_of[1] == 0:
-                group = slice(j, j + kept_of[1])
-                cost = _cost(part[group], inner.diagonal()[group], old, start + j)
-                keep[start + j : start + j + kept_of[1]] = keep_of_groups(cost.T, *kept_of).T
-            if old is not None:
-                keep[start + j] &= old[start + j]
-            new = part[j] if grid is None else _round(part[j], scale[start + j], zero[start + j], grid.levels)
-            new = new * keep[start + j]
-            torch.div(part[j] - new, inner[j, j], out=errors[j])
-            part[j] = new
-            part[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
-        w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
-    return w.T.contiguous().to(weight.dtype), keep.T.contiguous()
+
+    def choose_from(start: int) -> None:
+        now = slice(start, start + together)
+        cost = (w[now] / diagonal[now]).square_()
+        if before is not None:
+            cost.masked_fill_(~before.T[now], 0.0)
+        keep[now] = _kept(cost, share, kept_of)
+        if before is not None:
+            keep[now] *= before.T[now]
+        torch.div(1 - keep[now], diagonal[now], out=lost[now])
+
+    def settle(j: int, column: Tensor, error: Tensor) -> None:
+        if j % together == 0:
+            choose_from(j)
+        if grid is None:
+            torch.mul(column, lost[j], out=error)
+            column.mul_(keep[j])
+        else:
+            new = _round(column, scale[j], zero[j], grid.levels).mul_(keep[j])
+            torch.sub(column, new, out=error).div_(diagonal[j])
+            column.copy_(new)
+
+    sweep(w, u, settle, width=width, together=1 if kept_of is None else together)
+    return w.T.contiguous().to(weight.dtype), keep.bool().T.contiguous()
 
 
 def apply(
@@ -98,20 +96,31 @@ def apply(
 
     def prune(layer: Layer) -> Pruned:
         if held[0] is not layer.total:
-            held[:] = [layer.total, root_of(layer.total, settings.damping)]
+            held[:] = [layer.total, root_of(layer.total, settings.damping, fine=layer.original is not None)]
         root, damping = held[1]
-        target = layer.weight
-        moments, wanted = _wanted(layer.original or (target, layer.total), layer.total, damping)
-        if layer.original is not None:
+        ridge = ridge_of(layer.total, damping)
+        h = _ridged(layer.total.float(), ridge)
+        if layer.original is None:
+            target, wanted = layer.weight, layer.weight.float() @ h
+        else:
+            weight, cross = layer.original
+            wanted = weight.double() @ _ridged(cross, ridge)
             target = (wanted @ (root.T @ root)).to(layer.weight.dtype)
         grid = None if settings.bits is None else choose(target, settings.bits, settings.group, symmetric=False)
         new, mask = sparsify(target, root, settings.share, settings.kept_of, block=settings.block, before=layer.before,
                              grid=grid)  # fmt: skip
-        if grid is None:
-            new = fit_kept(new, mask, moments, wanted)
-        return Pruned(new, mask, {"damping": damping, "error": relative_error(target, new, layer.total)}, grid)
+        new, left = fit_kept(new, mask, h, wanted, iterations=_FIT if grid is None else 0)
+        told = {"damping": damping, "error": relative_error(target, new, wanted, left, ridge)}
+        return Pruned(new, mask, told, grid)
 
     return prune_by_block(source, settings, context, gram, prune, in_place=in_place)
+
+
+def _kept(cost: Tensor, share: float, kept_of: tuple[int, int] | None) -> Tensor:
+    """Bool mask [columns, out] of what stays, by what pruning each weight costs."""
+    if kept_of is None:
+        return keep_but_smallest(cost, round(share * cost.numel()))
+    return keep_of_groups(cost.T, *kept_of).T
 
 
 def _round(column: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
@@ -119,31 +128,18 @@ def _round(column: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
     return (column / scale).add_(zero).round_().clamp_(0, levels - 1).sub_(zero).mul_(scale)
 
 
-def _wanted(original: tuple[Tensor, Tensor], total: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """G + l I, and B = W (C + l I): the fit makes W' (G + l I) as near to B as it can.
-
-    With C = G and the weight of now that is what the layer gave for the rows that it reads.
-    """
-    weight, cross = original
-    ridge = damping * float(total.diagonal().mean()) or 1.0
-    damped = total.clone()
-    damped.diagonal().add_(ridge)
-    if cross is total:  # the fit is in float32
-        return damped, weight.float() @ damped.float()
-    wanted = cross.clone()
-    wanted.diagonal().add_(ridge)
-    return damped, weight.double() @ wanted
+def _ridged(moments: Tensor, ridge: Tensor) -> Tensor:
+    """A copy of G or C [n, n] with the ridge added to its diagonal."""
+    made = moments.clone()
+    made.diagonal().add_(ridge)
+    return made
 
 
-def relative_error(weight: Tensor, new: Tensor, moments: Tensor) -> float:
-    """||(W - W') X||^2 / ||W X||^2 for weights [out, in] and X^T X [in, in]."""
-    difference, moments = (weight - new).float(), moments.float()
-    lost = float(((difference @ moments) * difference).sum())
-    whole = float(((weight.float() @ moments) * weight).sum())
-    return lost / whole if whole > 0 else 0.0
+def relative_error(weight: Tensor, new: Tensor, wanted: Tensor, left: Tensor, ridge: Tensor) -> float:
+    """||(W - W') X||^2 / ||W X||^2, of B = W (X^T X + L) and B - W' (X^T X + L), which the fit has made."""
 
+    def norm(difference: Tensor, product: Tensor) -> float:
+        return float((product * difference).sum() - (difference.square() @ ridge.to(difference)).sum())
 
-def _cost(part: Tensor, diagonal: Tensor, before: Tensor | None, start: int) -> Tensor:
-    """What pruning each weight costs, [columns, out]; nothing for what is pruned already."""
-    cost = (part / diagonal[:, None]).square_()
-    return cost if before is None else cost.masked_fill_(~before[start : start + len(part)], 0.0)
+    whole = norm(weight.float(), wanted)
+    return max(norm(weight.float() - new, left), 0.0) / whole if whole > 0 else 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from deploytool.compress.matrices import matrix
 from deploytool.compress.quantize.layers import (
     chosen_layers,
     group_of,
-    output_error,
     put_on,
     refuse_none,
     shrinks_of,
@@ -29,6 +27,7 @@ from deploytool.compress.quantize.layers import (
 from deploytool.compress.quantize.ranges import choose
 from deploytool.compress.quantize.tables import Gptq
 from deploytool.compress.step import Context
+from deploytool.compress.sweep import sweep
 from deploytool.compress.turns import Turns
 from deploytool.encoding import Encoding
 from deploytool.errors import BackendFailed
@@ -74,80 +73,88 @@ def inverse_root(moments: Tensor, damping: float) -> tuple[Tensor, float]:
                         fix="give more calibration samples, or exclude the layer")  # fmt: skip
 
 
-def gptq(weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = None) -> tuple[Tensor, Encoding, float]:
-    """Rounded W, its encoding, and the damping that it took.
+def root_of(
+    moments: Tensor, damping: float, order: Tensor | None = None, *, fine: bool = False
+) -> tuple[Tensor, float]:
+    """U of X^T X [n, n] float64, its columns in an order [n], and the damping that it took; see `inverse_root`.
 
-    weight [rows, n]; moments [n, n] float64: sum of x x^T over the inputs; `keep` bool [rows, n]: False stays zero.
-    Inputs that were always zero are rounded to nearest.
+    Inputs that are always zero count as independent of all others. Float64 with `fine`, else float32, but computed in
+    float64 where float32 is not enough.
     """
-    strength = moments.diagonal().clone()
-    strength.masked_fill_(strength == 0, float(strength.mean()) or 1.0)
-    n = weight.shape[1]
-    order = torch.arange(n)
-    if how.order == "activation":
-        order = torch.argsort(strength, descending=True, stable=True)
-    root, damping = _root_in(order, moments, strength, how.damping)
-    encoding = how.grid(weight)
-    scale, zero = encoding.scale.T.contiguous(), encoding.zero_point.T.contiguous()  # [groups, rows]
-    group = encoding.group
-    static = how.static_groups or how.order == "activation"
-    columns = weight.float().T[order].contiguous()  # [n, rows]: a column of W is one run of memory
-    kept = None if keep is None else keep.T[order]
-
-    def grid_of(index: int) -> tuple[Tensor, Tensor]:
-        if not static and index % group == 0:
-            now = how.grid(columns[index : index + group].T)
-            scale[index // group], zero[index // group] = now.scale[:, 0], now.zero_point[:, 0]
-        mine = int(order[index]) // group
-        return scale[mine], zero[mine]
-
-    width = _BLOCK if static else group * max(1, _BLOCK // group)  # a group's grid is chosen from columns up to date
-    for start in range(0, n, width):
-        stop = min(start + width, n)
-        errors = _sweep(columns[start:stop], root[start:stop, start:stop], partial(_at, grid_of, start),
-                        encoding.levels, None if kept is None else kept[start:stop])  # fmt: skip
-        columns[stop:].addmm_(root[start:stop, stop:].T, errors, alpha=-1)
-    rounded = torch.empty_like(columns)
-    rounded[order] = columns
-    final = replace(encoding, scale=scale.T.contiguous(), zero_point=zero.T.contiguous())
-    return rounded.T.contiguous(), final, damping
-
-
-def _root_in(order: Tensor, moments: Tensor, strength: Tensor, damping: float) -> tuple[Tensor, float]:
-    """`inverse_root` of the moments in an order, float32; computed in float64 where float32 is not enough."""
+    strength = _strength(moments)
+    if order is None:
+        order = torch.arange(len(moments))
 
     def root(kind: torch.dtype) -> tuple[Tensor, float]:
         ordered = moments.to(kind)[order][:, order]
         ordered.diagonal().copy_(strength[order])
         return inverse_root(ordered, damping)
 
-    with suppress(BackendFailed):
-        found, took = root(torch.float32)
-        if took == damping:
-            return found, took
+    if not fine:
+        with suppress(BackendFailed):
+            found, took = root(torch.float32)
+            if took == damping:
+                return found, took
     found, took = root(torch.float64)
-    return found.float(), took
+    return found if fine else found.float(), took
 
 
-def _at(grid_of: Callable[[int], tuple[Tensor, Tensor]], start: int, index: int) -> tuple[Tensor, Tensor]:
-    return grid_of(start + index)
+def ridge_of(moments: Tensor, damping: float) -> Tensor:
+    """The diagonal L [n] of X^T X + L: `damping` times the mean of that of X^T X [n, n].
+
+    Inputs that are always zero count as independent of all others, and get that mean besides.
+    """
+    strength = _strength(moments)
+    return strength - moments.diagonal() + damping * strength.mean()
 
 
-def _sweep(
-    columns: Tensor, root: Tensor, grid_of: Callable[[int], tuple[Tensor, Tensor]], levels: int, kept: Tensor | None
-) -> Tensor:
-    """Round the columns [n, rows] in place, one after the other; the errors, each divided by its diagonal of U."""
-    errors = torch.empty_like(columns)
-    for index in range(len(columns)):
-        scale, zero = grid_of(index)
-        column = columns[index]
-        rounded = (column / scale).add_(zero).round_().clamp_(0, levels - 1).sub_(zero).mul_(scale)
+def gptq(
+    weight: Tensor, moments: Tensor, how: Rounding, keep: Tensor | None = None
+) -> tuple[Tensor, Encoding, float, Tensor]:
+    """Rounded W, its encoding, the damping that it took, and ||(w - q) X^T||^2 of every row w, [rows].
+
+    weight [rows, n]; moments [n, n] float64: sum of x x^T over the inputs; `keep` bool [rows, n]: False stays zero.
+    Inputs that were always zero are rounded to nearest.
+    """
+    n = weight.shape[1]
+    order = torch.arange(n)
+    if how.order == "activation":
+        order = torch.argsort(_strength(moments), descending=True, stable=True)
+    root, damping = root_of(moments, how.damping, order)
+    encoding = how.grid(weight)
+    scale, zero = encoding.scale.T.contiguous(), encoding.zero_point.T.contiguous()  # [groups, rows]
+    group, last = encoding.group, encoding.levels - 1
+    static = how.static_groups or how.order == "activation"
+    columns = weight.float().T[order].contiguous()  # [n, rows]: a column of W is one run of memory
+    kept = None if keep is None else keep.T[order]
+    places, diagonal = (order // group).tolist(), root.diagonal().tolist()
+
+    def settle(index: int, column: Tensor, error: Tensor) -> None:
+        place = places[index]
+        if not static and index % group == 0:
+            now = how.grid(columns[index : index + group].T)
+            scale[place], zero[place] = now.scale[:, 0], now.zero_point[:, 0]
+        steps, shift = scale[place], zero[place]
+        rounded = (column / steps).add_(shift).round_().clamp_(0, last).sub_(shift).mul_(steps)
         if kept is not None:
             rounded.masked_fill_(~kept[index], 0.0)
-        errors[index] = (column - rounded).div_(root[index, index])
-        columns[index] = rounded
-        columns[index + 1 :].addr_(root[index, index + 1 :], errors[index], alpha=-1)
-    return errors
+        torch.sub(column, rounded, out=error).div_(diagonal[index])
+        column.copy_(rounded)
+
+    # a group's grid is chosen from columns up to date
+    lost = sweep(columns, root, settle, width=_BLOCK if static else group * max(1, _BLOCK // group))
+    rounded = torch.empty_like(columns)
+    rounded[order] = columns
+    final = replace(encoding, scale=scale.T.contiguous(), zero_point=zero.T.contiguous())
+    rounded = rounded.T.contiguous()
+    lost -= (weight.float() - rounded).square_() @ ridge_of(moments, damping).float()
+    return rounded, final, damping, lost.clamp_(min=0)
+
+
+def _strength(moments: Tensor) -> Tensor:
+    """The diagonal of the moments [n], with its mean where it is zero."""
+    diagonal = moments.diagonal()
+    return diagonal.masked_fill(diagonal == 0, float(diagonal.mean()) or 1.0)
 
 
 def apply(
@@ -207,13 +214,14 @@ def _quantize_together(
     how = Rounding(grid, settings.order, settings.static_groups, settings.damping)
     sizes = [len(weight) for weight in weights]
     joined = torch.cat(weights)
-    rounded, encoding, damping = gptq(joined, moments, how, _kept(names, weights, masks))
-    parts = zip(names, rounded.split(sizes), encoding.scale.split(sizes), encoding.zero_point.split(sizes), weights,
-                strict=True)  # fmt: skip
+    rounded, encoding, damping, lost = gptq(joined, moments, how, _kept(names, weights, masks))
+    whole = ((joined.float() @ moments.float()) * joined).sum(dim=1)
+    parts = zip(names, rounded.split(sizes), encoding.scale.split(sizes), encoding.zero_point.split(sizes),
+                lost.split(sizes), whole.split(sizes), strict=True)  # fmt: skip
     done = {}
-    for name, part, scale, zero, weight in parts:
+    for name, part, scale, zero, off, of in parts:
         mine = replace(encoding, scale=scale.clone(), zero_point=zero.clone())
-        error = output_error(weight, part, moments)
+        error = float(off.sum() / of.sum()) ** 0.5 if float(of.sum()) > 0 else 0.0
         entry = put_on(block.layers[name], mine, part)
         done[name] = ({**entry, "output_error": error, "damping": damping}, mine)
     return done
