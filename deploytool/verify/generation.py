@@ -11,13 +11,9 @@ from deploytool.runner import Runner
 from deploytool.verify.derived import LEAST
 
 
-def greedy(runner: Runner, prompt: list[int], new_tokens: int) -> list[int]:
-    """The `new_tokens` most likely next tokens of a runner, decoded as its users would; batch 1."""
-    return greedy_and_rivals(runner, prompt, new_tokens)[0]
-
-
-def greedy_and_rivals(runner: Runner, prompt: list[int], new_tokens: int) -> tuple[list[int], list[int | None]]:
-    """`greedy`'s tokens, and for each the one that nearly tied with it, or None."""
+def greedy(runner: Runner, prompt: list[int], new_tokens: int) -> tuple[list[int], list[int | None]]:
+    """The `new_tokens` most likely next tokens of a runner, decoded as its users would, batch 1; and for each the one
+    that nearly tied with it, or None."""
     watched = _Watched(decoder_of(runner, len(prompt) + new_tokens))
     return greedy_tokens(watched, prompt, new_tokens), watched.rivals
 

@@ -120,7 +120,12 @@ def judge_quality(
         if not lost <= limits.metric_drop_max:  # also where one is no number
             wrong.append(f"metric {name!r} may lose {limits.metric_drop_max:.2%} "
                          f"(reference {pair['reference']:.6g}, got {pair['candidate']:.6g})")  # fmt: skip
-    if limits.generation_min is not None and generation and generation["agreement"] < limits.generation_min:
+    if limits.generation_min is None or not generation:
+        return wrong
+    if not generation["tokens"]:
+        wrong.append("greedily decoded tokens must be compared with the reference's (the first after "
+                     "every prompt nearly tied)")  # fmt: skip
+    elif generation["agreement"] < limits.generation_min:
         wrong.append(f"share of greedily decoded tokens equal to the reference's must be at least "
                      f"{limits.generation_min} (got {generation['agreement']:.4f})")  # fmt: skip
     return wrong

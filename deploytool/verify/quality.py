@@ -16,7 +16,7 @@ from deploytool.errors import DeployError, InputRefused, nearest
 from deploytool.load.model import open_hooks
 from deploytool.load.predict import tensor_predict
 from deploytool.source import ModelRef
-from deploytool.verify.generation import greedy_and_rivals
+from deploytool.verify.generation import greedy
 
 NEW_TOKENS = 32
 
@@ -45,7 +45,7 @@ def quality_job(artifact: str, ref: Mapping[str, str]) -> dict[str, Any]:
                                    f"(got {', '.join(unknown)})", detail=[nearest(unknown[0], metrics)])  # fmt: skip
         if hooks.prompts is not None:
             for prompt in _prompts(_run("prompts", hooks.prompts)):
-                found, near = greedy_and_rivals(runner, prompt, NEW_TOKENS)
+                found, near = greedy(runner, prompt, NEW_TOKENS)
                 tokens.append(found)
                 rivals.append(near)
     return {"metrics": metrics, "scores": scores, "tokens": tokens, "rivals": rivals}

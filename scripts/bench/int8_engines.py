@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from deploytool.artifact import Artifact
 from deploytool.backends.base import open_artifact
@@ -64,7 +65,7 @@ def main() -> None:
     for folder in options.artifacts:
         artifact = Artifact.load(folder, check=False)
         runners = {name: open_artifact(replace(artifact, settings={**artifact.settings, "engine": e, "threads": 1}))
-                   for name, e in ENGINES.items()}  # fmt: skip
+                   for name, e in ENGINES.items() if e in torch.backends.quantized.supported_engines}  # fmt: skip
         for path in case_files(folder / "golden"):
             feeds = Case.load(path).inputs
             sizes = ["x".join(map(str, array.shape)) for array in feeds.values()]

@@ -78,7 +78,8 @@ def test_near_ties(rivals: list[int | None], got: list[int], tokens: int, ties: 
     reference = {"metrics": {}, "tokens": [[1, 2, 3, 4]], "rivals": [rivals]}
     _, generation = compare_quality(reference, {"metrics": {}, "tokens": [got]}, ())
     assert generation == {"prompts": 1, "tokens": tokens, "ties": ties, "agreement": agreement}
-    assert bool(judge_quality({}, generation, LIMITS)) == (agreement < 0.9)
+    wrong = judge_quality({}, generation, LIMITS)
+    assert bool(wrong) == (agreement < 0.9) and any("nearly tied" in said for said in wrong) == (tokens == 0)
 
 
 @pytest.mark.parametrize(("factor", "passes"), [(1.0, True), (1.2, True), (2.0, False), (0.3, False), (-1.0, False)])
