@@ -74,7 +74,7 @@ def nothing_left(table: Mapping[str, Any]) -> InputRefused:
     slower = sum(row["decision"] == SLOWER for row in rows)
     return InputRefused(
         "DT310", f"at least one product must become int8 (of {len(rows)} groups {slower} are not faster in it on this "
-        f"machine, the others lose too much)", fix="choose an fp32 target, or another scheme",
+        f"machine, {len(rows) - slower} lose too much)", fix="choose an fp32 target, or another scheme",
         detail=[f"{row['names'][0]}: {row['fp32_us']} us in fp32, {row['int8_us']} us in int8" for row in rows[:5]],
     )  # fmt: skip
 
