@@ -3,6 +3,7 @@
 
     python scripts/bench/prune_lm.py --method sparsegpt --sparsity 0.5
     python scripts/bench/prune_lm.py --method sparsegpt --sparsity 0.5 --set repair=true
+    python scripts/bench/prune_lm.py --method sparsegpt --sparsity 0.5 --precision bfloat16
     python scripts/bench/prune_lm.py --method wanda --pattern 2:4
 
 Calibration: docstrings of the standard library, 32 windows of 512 tokens. Evaluation: the standard library's topics, 24
@@ -94,6 +95,8 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of calibration")
     parser.add_argument("--eval-windows", type=int, default=24)
     parser.add_argument("--dense", type=float, help="the dense model's perplexity, when it is known")
+    parser.add_argument("--precision", default="float32", help="that of [calibration]")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="the model as a Hugging Face folder; written where it is not there")
     args = parser.parse_args()
     table = METHODS[args.method][1]
@@ -105,15 +108,17 @@ def main() -> int:
         if not folder.is_dir():
             subprocess.run([sys.executable, "-c", SAVE, quantize_lm.__file__, str(folder)], check=True)
         dense = args.dense or dense_perplexity(folder, args.eval_windows)
-        print(json.dumps(run(folder, settings, dense, args.windows, args.eval_windows), indent=2))
+        calibration = Calibration.model_validate({"samples": args.windows, "precision": args.precision})
+        torch.set_num_threads(args.threads)
+        print(json.dumps(run(folder, settings, dense, calibration, args.eval_windows), indent=2))
     return 0
 
 
-def run(folder: Path, settings: Any, dense: float, windows: int, eval_windows: int) -> dict[str, Any]:
+def run(folder: Path, settings: Any, dense: float, calibration: Calibration, eval_windows: int) -> dict[str, Any]:
     """Prune in this process; the peaks are of its whole life until then."""
-    source = open_lm(folder, windows)
+    source = open_lm(folder, calibration.samples)
     loaded, before = peak_bytes(), measure(source, evaluate=False)
-    context = Context(source, Calibration(samples=windows), 0, lambda line: print(line, file=sys.stderr, flush=True))
+    context = Context(source, calibration, 0, lambda line: print(line, file=sys.stderr, flush=True))
     apply = METHODS[settings.step][0].apply
     in_place = {"in_place": True} if "in_place" in inspect.signature(apply).parameters else {}
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -129,6 +134,7 @@ def run(folder: Path, settings: Any, dense: float, windows: int, eval_windows: i
         "perplexity_before": dense, "perplexity_after": after, "ratio": after / dense, "seconds": seconds,
         "cpu_seconds": cpu_seconds, "peak_loaded_bytes": loaded, "peak_bytes": peak, "before": before,
         "after": measure(pruned, evaluate=False), "threads": torch.get_num_threads(), "machine": platform.processor(),
+        "precision": report.get("precision"),
     }  # fmt: skip
 
 

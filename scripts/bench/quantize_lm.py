@@ -3,6 +3,7 @@
 
     python scripts/bench/quantize_lm.py fp32 rtn gptq awq awq+gptq found > quantize_lm.json
     python scripts/bench/quantize_lm.py gptq --set bits=3 --set group=32
+    python scripts/bench/quantize_lm.py fp32 gptq --precision bfloat16
 
 Prints one JSON document. Perplexity is that of the shipped model: the first 24 windows of 512 tokens of the standard
 library's topics; calibration is on the model file's 32 windows of docstrings. All linear layers of the blocks are
@@ -90,7 +91,7 @@ def open_model(folder: Path) -> tuple[Any, Any]:
     return code, Source(ref, module, flat, signature, samples=lambda: iter(samples), evaluate=code.evaluate)
 
 
-def run(method: str, steps: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+def run(method: str, steps: list[dict[str, Any]], folder: Path, precision: str) -> dict[str, Any]:
     """One method in this process."""
     import torch
 
@@ -102,7 +103,8 @@ def run(method: str, steps: list[dict[str, Any]], folder: Path) -> dict[str, Any
     recipe = parse_recipe({"compress": steps}, "", where=method)
     code, source = open_model(folder)
     loaded = _peak()
-    context = Context(source, Calibration(), 0, lambda line: print(line, file=sys.stderr, flush=True))
+    calibration = Calibration.model_validate({"precision": precision})
+    context = Context(source, calibration, 0, lambda line: print(line, file=sys.stderr, flush=True))
     started, used = time.perf_counter(), time.process_time()
     reports = []
     for settings in recipe.steps:
@@ -116,6 +118,7 @@ def run(method: str, steps: list[dict[str, Any]], folder: Path) -> dict[str, Any
     return {
         "method": method, "steps": recipe.plan(), "perplexity": perplexity, "seconds": seconds, "cpu_seconds": cpu,
         "peak_loaded_bytes": loaded, "peak_bytes": peak, "layers": len(layers), "threads": torch.get_num_threads(),
+        "precision": [report["precision"] for report in reports if "precision" in report],
         "bits_per_weight": _mean([layer["bits_per_weight"] for layer in layers if "bits_per_weight" in layer]),
         "output_error": _mean([layer["output_error"] for layer in layers if "output_error" in layer]),
     }  # fmt: skip
@@ -136,6 +139,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="the model as a Hugging Face folder; written where it is not there")
     parser.add_argument("--here", action="store_true", help="run the one method in this process")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", default="float32", help="that of [calibration]")
     options = parser.parse_args()
     if options.here:
         print(json.dumps(_here(options)))
@@ -157,11 +161,13 @@ def _here(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     changes = {key: json.loads(value) for key, value in (part.split("=", 1) for part in options.set)}
-    return run(options.methods[0], [{**step, **changes} for step in METHODS[options.methods[0]]], options.folder)
+    return run(options.methods[0], [{**step, **changes} for step in METHODS[options.methods[0]]], options.folder,
+               options.precision)  # fmt: skip
 
 
 def _child(method: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, method, "--here", "--folder", str(folder), "--threads", str(options.threads)]
+    command = [sys.executable, __file__, method, "--here", "--folder", str(folder), "--threads", str(options.threads),
+               "--precision", options.precision]  # fmt: skip
     command += [argument for pair in options.set for argument in ("--set", pair)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
