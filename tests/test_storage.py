@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -143,3 +144,16 @@ def test_what_a_killed_call_left_stands_in_nobodys_way(tmp_path: Path) -> None:
     with work_folder(out):
         pass
     assert [path.name for path in out.rglob("*")] == [".work-notes", "mine"]
+
+
+def test_a_disk_that_fails_early_is_told_at_once(new: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells a failed write to the first fsync alone: the one that comes later would succeed."""
+    failing = iter([OSError(errno.EIO, "Input/output error")])
+
+    def fsync(handle: int) -> None:
+        for error in failing:
+            raise error
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"), storage.syncing(new):
+        pass

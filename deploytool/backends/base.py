@@ -28,6 +28,7 @@ from deploytool.runner import Runner
 from deploytool.settings import Table
 from deploytool.signature import Outputs, Signature
 from deploytool.source import ModelRef, Source
+from deploytool.storage import syncing
 from deploytool.target import Target, load_target
 
 AS_USED = "as_used"  # a setting of the eager module: see `open_as_used`
@@ -270,7 +271,7 @@ def build_artifact(request: Request, model: Mapping[str, Any], history: tuple[St
         raise InternalError("DT900", f"backend {request.target.backend!r} must write {built.entry} (it is not there)")
     target, grids = _beside_grids(request, built)
     step = Step("build", dict(request.target.build), versions(backend.packages), seconds)
-    return Artifact(
+    artifact = Artifact(
         folder=request.out,
         backend=request.target.backend,
         format=built.format,
@@ -282,7 +283,9 @@ def build_artifact(request: Request, model: Mapping[str, Any], history: tuple[St
         model=model,
         settings={**request.target.runtime.model_dump(mode="json"), **built.settings, **grids},
         history=(*history, step),
-    ).save()
+    )
+    with syncing(request.out):  # both read what was just written, one to hash and one to keep it
+        return artifact.save()
 
 
 def _beside_grids(request: Request, built: Built) -> tuple[Target, dict[str, Any]]:
