@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,10 +31,12 @@ def sha256_file(path: Path) -> str:
 def syncing(folder: Path) -> Iterator[None]:
     """Hands what lies in a folder to the disk while the block runs: `settle` then has less to wait for.
 
-    A disk that fails raises here, since the system does not tell it a second time.
+    What the block writes, temporary files among it, is left to `settle`. A disk that fails raises here, since the
+    system does not tell it a second time.
     """
+    tree = list(os.walk(folder))
     with ThreadPoolExecutor(max_workers=1) as pool:
-        done = pool.submit(_sync_tree, folder)
+        done = pool.submit(_sync_tree, tree)
         yield
         with writing(folder):
             done.result()
@@ -160,7 +162,7 @@ def settle(new: Path, path: Path) -> None:
     Where the system can exchange two names (Linux), there is no moment without a folder at `path`. Elsewhere there is
     a short one, and the old folder comes back when the new one cannot take its place.
     """
-    _sync_tree(new)
+    _sync_tree(os.walk(new))
     if not os.path.lexists(path):
         os.replace(new, path)
     elif _exchanged(new, path):
@@ -203,8 +205,8 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
+def _sync_tree(tree: Iterable[tuple[str, list[str], list[str]]]) -> None:
+    for root, _, files in tree:
         for name in files:
             handle = os.open(os.path.join(root, name), os.O_RDONLY)
             try:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,22 @@ def test_a_disk_that_fails_early_is_told_at_once(new: Path, monkeypatch: pytest.
     monkeypatch.setattr(storage.os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"), storage.syncing(new):
         pass
+
+
+def test_what_comes_and_goes_during_a_sync_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the thread a manifest is written by way of a temporary file: that one must not be looked for."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "engine").write_bytes(b"-")
+    written, opened = threading.Event(), os.open
+
+    def slow(path: str | Path, flags: int) -> int:
+        written.wait(10)
+        if Path(path).name == "temporary":
+            os.unlink(path)
+        return opened(path, flags)
+
+    monkeypatch.setattr(storage.os, "open", slow)
+    with storage.syncing(tmp_path):
+        (tmp_path / "below" / "temporary").write_bytes(b"-")
+        written.set()
+    assert (tmp_path / "below" / "temporary").exists()
