@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deploytool.errors import InputRefused
-from deploytool.signature import Outputs
+from deploytool.signature import Outputs, Signature
 from deploytool.storage import write_bytes
 
 
@@ -72,3 +73,31 @@ def read_cases(folder: Path) -> Iterator[Case]:
     """The cases of a folder, one in memory at a time."""
     for path in case_files(folder):
         yield Case.load(path)
+
+
+def sizes_of(signature: Signature, cases: Iterable[Case]) -> dict[str, list[int]]:
+    """The sizes of each free dimension that the cases have, sorted."""
+    seen: dict[str, set[int]] = {}
+    for case in cases:
+        for dim, size in signature.bind(case.inputs).items():
+            seen.setdefault(dim, set()).add(size)
+    return {dim: sorted(sizes) for dim, sizes in seen.items()}
+
+
+def unrecorded(recorded: Mapping[str, list[int]], count: int, parity: Mapping[str, Any] | None) -> str | None:
+    """What a report's "parity" was taken on that `count` recorded cases of these sizes lack; None where it is nothing.
+
+    "4 of the 10 compared cases are recorded, with batch 1, 3, 33; none with batch 2, 5, 8"
+    """
+    compared = parity.get("cases") if parity else None
+    if not parity or not isinstance(compared, int) or compared <= count:
+        return None
+    sizes = parity.get("sizes") or {}
+    missing = {dim: sorted(set(seen) - set(recorded.get(dim, ()))) for dim, seen in sizes.items()}
+    have, lack = (_listed(found) for found in (recorded, missing))
+    said = f"{count} of the {compared} compared cases are recorded"
+    return said + (f", with {have}" if have else "") + (f"; none with {lack}" if lack else "")
+
+
+def _listed(sizes: Mapping[str, list[int]]) -> str:
+    return "; ".join(f"{dim} {', '.join(map(str, found))}" for dim, found in sizes.items() if found)

@@ -55,7 +55,7 @@ def _one(
     reports = read_report(new), read_report(old)
     findings += check_contract(target, new, old)
     findings += check_reports(target, new, reports)
-    findings += check_golden(target, new, old, replay, limits)
+    findings += check_golden(target, new, old, (reports[0][0], reports[1][0]), replay, limits)
     findings += check_quality(target, new, reports[0][0], reports[1][0], limits)
     findings.append(_size(target, new, old, limits))
     broken = any(finding.status == "fail" for finding in findings)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from deploytool.artifact import GOLDEN, Artifact
-from deploytool.cases import Case, read_cases
+from deploytool.cases import Case, read_cases, sizes_of, unrecorded
 from deploytool.difference import Difference, error_max
 from deploytool.errors import DeployError, EnvironmentLacking
 from deploytool.gate.limits import GateLimits
@@ -15,14 +16,24 @@ from deploytool.signature import Outputs, TensorSpec
 Replay = Callable[[Artifact, Sequence[Case]], Sequence[Outputs]]
 
 
+Report = Mapping[str, Any]
+
+
 def check_golden(
-    target: str, candidate: Artifact, released: Artifact, replay: Replay, limits: GateLimits
-) -> Iterator[Finding]:
-    """Replay the released cases, then the candidate's own; EnvironmentLacking passes through: nothing was shown."""
-    for gate, owner, bound in (("golden", released, not limits.new_model), ("replay", candidate, True)):
+    target: str, candidate: Artifact, released: Artifact, reports: tuple[Report | None, Report | None], replay: Replay,
+    limits: GateLimits,
+) -> Iterator[Finding]:  # fmt: skip
+    """Replay the released cases, then the candidate's own; EnvironmentLacking passes through: nothing was shown.
+
+    What the owner's report was taken on and its cases do not show is noted.
+    """
+    ours, theirs = reports
+    for gate, owner, report, bound in (("golden", released, theirs, not limits.new_model),
+                                       ("replay", candidate, ours, True)):  # fmt: skip
         try:
             cases = list(read_cases(owner.folder / GOLDEN))
             outputs = list(replay(candidate, cases)) if cases else []
+            unshown = unrecorded(sizes_of(owner.signature, cases), len(cases), (report or {}).get("parity"))
         except EnvironmentLacking:
             raise
         except DeployError as error:
@@ -34,6 +45,8 @@ def check_golden(
             continue
         for spec in owner.signature.outputs:
             yield from _judge(gate, target, spec, candidate, cases, outputs, bound)
+        if unshown:
+            yield Finding(gate, target, "note", unshown)
 
 
 def _judge(

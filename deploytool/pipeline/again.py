@@ -19,10 +19,11 @@ from deploytool.bench.compare import compare
 from deploytool.bench.decoding import measure_decoding
 from deploytool.bench.sizes import resized_case
 from deploytool.bundle.contents import artifact_folders, opened
-from deploytool.cases import Case, case_files, read_cases
+from deploytool.cases import Case, case_files, read_cases, unrecorded
 from deploytool.decoding import decodes
 from deploytool.errors import BackendFailed, DeployError, InputRefused
 from deploytool.gate.check import check
+from deploytool.gate.evidence import read_report
 from deploytool.gate.limits import GateLimits
 from deploytool.load.resolve import resolve
 from deploytool.pipeline.export import SCHEMA_VERSION, Options, Say, prepared_and_checked
@@ -197,8 +198,10 @@ def _verify_golden(name: str, artifact: Artifact, options: Options) -> dict[str,
     parity = worker.run(f"verifying {name}", "deploytool.verify.parity:parity_job", options.limits,
                         artifact=str(artifact.folder), cases=str(artifact.folder / GOLDEN))  # fmt: skip
     wrong = judge_parity(parity, _limits(artifact).parity)
-    said = "the model is not here: compared with the recorded outputs of its golden cases only"
-    return _result(name, artifact, parity, {}, None, wrong, [said])
+    said = ["the model is not here: compared with the recorded outputs of its golden cases only"]
+    report, _ = read_report(artifact)
+    said += filter(None, [unrecorded(parity["sizes"], parity["cases"], (report or {}).get("parity"))])
+    return _result(name, artifact, parity, {}, None, wrong, said)
 
 
 def _verify_with(name: str, artifact: Artifact, reference: Reference, how: _How) -> dict[str, Any]:
@@ -233,6 +236,7 @@ def _result(
         "size_bytes": artifact.size_bytes,
         "precision": artifact.precision,
         "executed": artifact.executes,
+        "ran": artifact.settings.get("ran"),
         "parity": {"passed": not judge_parity(parity, _limits(artifact).parity), **parity},
         "quality": dict(quality),
         "generation": generation,

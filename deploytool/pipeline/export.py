@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from deploytool import worker
-from deploytool.artifact import MANIFEST, REPORT, Artifact
+from deploytool.artifact import GOLDEN, MANIFEST, REPORT, Artifact
 from deploytool.backends.base import Probe, find_backend, load_checked_target
 from deploytool.bench.environment import environment
 from deploytool.bundle.contents import FAILED
 from deploytool.cache import Prepared, prepare
+from deploytool.cases import case_files, read_cases, sizes_of, unrecorded
 from deploytool.decoding import decodes
 from deploytool.errors import BackendFailed, DeployError, InputRefused, UsageProblem
 from deploytool.load.resolve import resolve
@@ -333,7 +334,7 @@ def _stages(
     quality, generation = reference.quality_of(artifact, options.quality)
     wrong += judge_quality(quality, generation, target.parity)
     clock.lap("verify")
-    findings = findings_of(target, artifact, reference.prepared)
+    findings = [*findings_of(target, artifact, reference.prepared), *_of_recorded(artifact, parity)]
     speed = memory = None
     if options.bench_seconds > 0 and artifact.executes:
         say(f"{target.name}: timing")
@@ -363,6 +364,14 @@ def _stages(
         "findings": findings,
         "seconds": {"lower": reference.prepared.seconds, "lower_cached": reference.prepared.cached, **clock.laps},
     }  # fmt: skip
+
+
+def _of_recorded(artifact: Artifact, parity: Mapping[str, Any]) -> list[str]:
+    """That the largest sample is too large to be recorded: the gate and the self-test will not see it."""
+    recorded = sizes_of(artifact.signature, read_cases(artifact.folder / GOLDEN))
+    smaller = any(max(recorded[dim]) < max(sizes) for dim, sizes in parity["sizes"].items())
+    said = unrecorded(recorded, len(case_files(artifact.folder / GOLDEN)), parity) if smaller else None
+    return [f"the largest sample is too large to be replayed by the gate and the self-test: {said}"] if said else []
 
 
 class _Clock:

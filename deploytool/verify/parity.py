@@ -14,16 +14,18 @@ from deploytool.difference import Difference
 from deploytool.errors import InputRefused
 from deploytool.verify.sizes import Seen
 
-GOLDEN_CASES = 3
 _ENOUGH_CASES = 3
-_GOLDEN_BYTES = 64_000_000
+_SMALL_GOLDEN = 3  # the timed case and the smallest others
+_GOLDEN_BYTES = 64_000_000  # of inputs and reference outputs, but that the timed case is always kept
+_LARGE_BYTES, _LARGE_SHARE = 1_000_000, 0.25  # what the largest golden case may take, by itself and of the engine
 
 
 def parity_job(artifact: str, cases: str, golden: str | None = None, largest: bool = True) -> dict[str, Any]:
     """Run every case of the folder `cases` on an artifact and compare (in a worker).
 
-    Without `largest` the case with the most bytes is left out, where three others stay. With `golden`, the timed case
-    and the smallest others are written there with the artifact's own outputs. Returns {"cases": n, "sizes": {free
+    Without `largest` the case with the most bytes is left out, where three others stay. With `golden`, the timed case,
+    the smallest others and the largest that is small beside the engine are written there with the artifact's own
+    outputs. Returns {"cases": n, "sizes": {free
     dimension: sizes}, "padded": cases with padding, "outputs": {name: figures}}; see Seen and Difference for the
     figures. With `golden` also "ran", of the timed case; see Asked.ran.
     """
@@ -34,7 +36,7 @@ def parity_job(artifact: str, cases: str, golden: str | None = None, largest: bo
     chosen = list(enumerate(files))
     if not largest and len(files) > _ENOUGH_CASES:
         chosen.remove(max(chosen, key=lambda case: case[1].stat().st_size))
-    kept = _golden(files) if golden else set()
+    kept = _golden(files, opened.size_bytes) if golden else set()
     batched = {s.name: bool(s.shape) and s.shape[0] == "batch" for s in opened.signature.outputs}
     expected = Case.load(files[0]).reference  # an output that the artifact does not have is one that is missing
     names = dict.fromkeys((*opened.signature.output_names, *expected))
@@ -64,12 +66,18 @@ def replay_job(artifact: str, cases: str, out: str) -> int:
     return len(files)
 
 
-def _golden(files: Sequence[Path]) -> set[Path]:
-    """The files to keep as golden cases: the example that is timed, then the smallest ones, up to `_GOLDEN_BYTES`."""
+def _golden(files: Sequence[Path], engine_bytes: int) -> set[Path]:
+    """The files to keep as golden cases: the example that is timed, then the smallest ones, then the largest that fits.
+
+    All stay below `_GOLDEN_BYTES`. The largest lets a bundle grow by a quarter of the engine or by a megabyte: its own
+    outputs come to lie beside the reference's, so it counts twice.
+    """
     kept: set[Path] = set()
     total = 0
-    for path in [files[0], *sorted(files[1:], key=lambda p: p.stat().st_size)][:GOLDEN_CASES]:
+    by_size = sorted(files[1:], key=lambda p: p.stat().st_size)
+    for path in [files[0], *by_size][:_SMALL_GOLDEN]:
         total += path.stat().st_size
         if not kept or total <= _GOLDEN_BYTES:
             kept.add(path)
-    return kept
+    allowed = min(max(_LARGE_BYTES, int(_LARGE_SHARE * engine_bytes)) // 2, _GOLDEN_BYTES - total)
+    return kept | set([path for path in by_size if path.stat().st_size <= allowed][-1:])

@@ -55,6 +55,17 @@ def test_release_against_itself_passes(candidate: Artifact, released: Artifact) 
     assert json.loads(json.dumps(verdict.to_json(), allow_nan=False))["status"] == "passed"
 
 
+def test_what_is_not_replayed_is_noted(tmp_path: Path) -> None:
+    """A report that was taken on more cases than are recorded must be told beside the replay, with the sizes."""
+    figures = {"cosine": 1.0, "max_abs": 0.0}
+    wide = {"parity": {"passed": True, "cases": 10, "sizes": {"batch": [1, 2, 33]},
+                       "outputs": {"plain": figures, "shifted": figures}}}  # fmt: skip
+    verdict = judge(make(tmp_path / "c"), make(tmp_path / "r", report=wide))
+    assert verdict.status == "passed"
+    said = "3 of the 10 compared cases are recorded, with batch 2; none with batch 1, 33"
+    assert [f.gate for f in verdict.findings if f.status == "note" and f.sentence == said] == ["golden"]
+
+
 def test_nothing_released_is_no_pass(candidate: Artifact) -> None:
     """Against an empty release nothing passes."""
     verdict = check({"cpu": candidate}, {}, replay=replay, compare=same_speed)

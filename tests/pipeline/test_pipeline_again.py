@@ -50,6 +50,7 @@ def test_folders_are_verified_again(out: Path) -> None:
         assert [r["target"] for r in results] == names
         assert all(r["status"] == "ok" and r["parity"]["cases"] == 3 and r["findings"] == [] for r in results)
         assert all(r["quality"]["share"]["reference"] == r["quality"]["share"]["candidate"] for r in results)
+        assert all(r["ran"]["compute_by_precision"] == {"fp32": 1.0} for r in results)  # the words of export's table
 
 
 def test_a_changed_model_is_told_and_fails(out: Path, model: str) -> None:
@@ -66,13 +67,27 @@ def test_without_its_model_the_golden_cases_are_compared(out: Path, model: str) 
     Path(model).unlink()
     (result,) = verify(out / "ort")
     assert result["status"] == "ok" and result["quality"] == {}
-    assert "golden cases only" in result["findings"][0]
+    assert "golden cases only" in result["findings"][0] and len(result["findings"]) == 1
     path = out / "ort" / "golden" / "001.npz"
     case = Case.load(path)
     Case(case.inputs, {k: -v for k, v in case.reference.items()}, case.outputs).save(path)
     Artifact.load(out / "ort", check=False).save()
     (result,) = verify(out / "ort")
     assert result["status"] == "failed" and "cosine" in result["reason"]
+
+
+def test_what_is_not_recorded_is_told(model: str, exported: Exported, tmp_path: Path) -> None:
+    """The largest sample must be recorded; where it is too large, export and a verify without the model say so."""
+    text = Path(model).read_text()
+    for sizes, recorded, missing in (("(1, 2, 3, 7)", "1, 2, 3, 7", ""), ("(1, 2, 3, 40000)", "1, 2, 3", "40000")):
+        Path(model).write_text(text.replace("(1, 2, 3)", sizes))
+        (result,) = exported(model, "ort", overwrite=True)["targets"]
+        told = [f"3 of the 4 compared cases are recorded, with batch {recorded}; none with batch {missing}"]
+        prefix = "the largest sample is too large to be replayed by the gate and the self-test: "
+        assert [f for f in result["findings"] if "recorded" in f] == [prefix + t for t in told if missing]
+    Path(model).unlink()
+    (result,) = verify(tmp_path / "out" / "ort")
+    assert result["status"] == "ok" and result["findings"][1:] == told
 
 
 def test_another_model_is_refused(out: Path, tmp_path: Path, model: str) -> None:

@@ -250,6 +250,27 @@ def test_golden_cases_hold_the_artifacts_own_outputs(
     assert Case.load(tmp_path / "out" / "000.npz").outputs.keys() == case.outputs.keys()
 
 
+def test_golden_cases_hold_the_largest_that_is_small_beside_the_engine(
+    artifact: Path, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Largest sizes must be replayed too; what takes over a megabyte and a quarter of the engine must not be packed."""
+    for module in (parity, ran):
+        monkeypatch.setattr(module, "open_artifact", lambda opened: Planted(lambda outputs: None))
+    for name, batch in (("003", 9), ("004", 7), ("005", 1500)):
+        inputs = {"x": np.zeros((batch, TIME, CLASSES), np.float32)}
+        Case(inputs, reference=honest(inputs)).save(cases / f"{name}.npz")
+    assert 500_000 < (cases / "005.npz").stat().st_size < 1_000_000  # it lies in golden/ with its outputs twice
+
+    def golden(folder: str) -> list[str]:
+        parity_job(str(artifact), str(cases), golden=str(tmp_path / folder))
+        return [path.stem for path in case_files(tmp_path / folder)]
+
+    assert golden("small") == ["000", "001", "002", "003"]
+    (artifact / "engine").write_bytes(bytes(6_000_000))
+    Artifact(artifact, "eager", "source", "engine", "fp32", SIGNATURE).save()
+    assert golden("large") == ["000", "001", "002", "005"]
+
+
 def _linear(path: Path, weight: np.ndarray) -> None:
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     graph = helper.make_graph(
