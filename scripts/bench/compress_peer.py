@@ -4,7 +4,7 @@
     python scripts/bench/compress_peer.py sparsegpt 2:4 gptq --python PEER/bin/python --folder FOLDER
 
 Prints one JSON document. PEER is an environment of its own with torch 2.13.0 and llmcompressor 0.14.0.1; FOLDER is the
-model as prune_lm.py and quantize_lm.py write it with the same option. One thread; the seconds are those of `oneshot`,
+model as prune_lm.py and quantize_lm.py write it with the same option. The seconds are those of `oneshot`,
 the peaks those of the process's life until then, and perplexity is taken afterwards.
 """
 
@@ -48,13 +48,13 @@ def recipe(method: str) -> Any:
     return modifier(sparsity=0.5, mask_structure=structure, ignore=["lm_head"], targets=["Linear"])
 
 
-def run(method: str, folder: Path, tokens: Path) -> dict[str, Any]:
+def run(method: str, folder: Path, tokens: Path, threads: int) -> dict[str, Any]:
     """One method in this process, which is the peer's."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     windows = json.loads(tokens.read_text())
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rows = windows["calibration"]
@@ -73,7 +73,7 @@ def run(method: str, folder: Path, tokens: Path) -> dict[str, Any]:
         losses = [float(model(input_ids=ids, labels=ids).loss) for ids in torch.tensor(windows["evaluation"])[:, None]]
     versions = {name: importlib.import_module(name).__version__ for name in ("llmcompressor", "torch", "transformers")}
     return {"method": method, "perplexity": math.exp(sum(losses) / len(losses)), "seconds": seconds,
-            "cpu_seconds": cpu_seconds, "peak_bytes": peak, "threads": 1, "versions": versions}  # fmt: skip
+            "cpu_seconds": cpu_seconds, "peak_bytes": peak, "threads": threads, "versions": versions}  # fmt: skip
 
 
 def main() -> None:
@@ -81,10 +81,11 @@ def main() -> None:
     parser.add_argument("methods", nargs="+", choices=METHODS)
     parser.add_argument("--python", help="of the peer's environment")
     parser.add_argument("--folder", type=Path, required=True, help="the model as a Hugging Face folder")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.tokens:  # the peer's process
-        print(json.dumps(run(options.methods[0], options.folder, options.tokens)))
+        print(json.dumps(run(options.methods[0], options.folder, options.tokens, options.threads)))
         return
     if not options.python:
         parser.error("--python must name the peer's interpreter")
@@ -96,7 +97,8 @@ def main() -> None:
 
 
 def _child(method: str, tokens: Path, options: argparse.Namespace) -> dict[str, Any]:
-    command = [options.python, __file__, method, "--folder", str(options.folder), "--tokens", str(tokens)]
+    command = [options.python, __file__, method, "--folder", str(options.folder), "--tokens", str(tokens),
+               "--threads", str(options.threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
