@@ -16,6 +16,7 @@ from deploytool.storage import read_json, sha256_file, write_json
 
 SCHEMA_VERSION = "1.0"
 MANIFEST = "artifact.json"
+BUNDLE = "deploytool.json"  # the manifest of a bundle of artifacts, as `bundle/manifest.py` describes it
 REPORT = "report.json"
 GOLDEN = "golden"  # folder of recorded cases, as `cases.py` writes them
 KEPT = "kept"  # folder of what only a search for wrong nodes reads: no part of the artifact, and not shipped

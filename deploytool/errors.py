@@ -33,7 +33,7 @@ class DeployError(Exception):
         self.code = code
         self.message = message
         self.detail = tuple(detail)
-        self.fix = fix
+        self.fix = fix or FIXES.get(code)
 
     def __str__(self) -> str:
         lines = [f"error[{self.code}]: {self.message}"]
@@ -110,11 +110,11 @@ CODES: dict[str, str] = {
     "DT104": "Compression loses more of a metric than the recipe's [quality] allows.",
     "DT105": "Compression diverged: a loss, a gradient or an output is NaN or infinite.",
     "DT106": "A search found no configuration that keeps the quality that was asked for.",
-    "DT201": "The command line holds an unknown name or option.",
+    "DT201": "The command line holds an unknown name or option, or a path that does not exist.",
     "DT202": "A TOML file (profile, recipe or project file) has unknown keys, wrong types or values out of range.",
     "DT203": "The output already exists; nothing is overwritten unless asked.",
     "DT204": "A compression step cannot be applied with these settings.",
-    "DT301": "No such model: the name is neither shipped nor a file, folder or artifact.",
+    "DT301": "The file or folder is no model of a kind that is taken, or the model that an artifact names is not here.",
     "DT302": "The model file could not be run, or lacks build() or samples().",
     "DT303": "The samples do not fit the model: wrong names, types, ranks, NaN, or none at all.",
     "DT304": "The model's weights or outputs hold NaN or infinity.",
@@ -143,6 +143,22 @@ CODES: dict[str, str] = {
     "DT900": "An internal error: please report it with the log.",
 }
 
+# What to do where the raiser knows nothing better; codes that are left out have no such sentence.
+FIXES: dict[str, str] = {
+    "DT204": "see docs/compress.md for the step's settings; `deploytool inspect MODEL` shows the layers' names",
+    "DT302": "see docs/models.md for what a model file holds; `deploytool init` writes one that works",
+    "DT303": "see docs/models.md for what samples hold",
+    "DT306": "see docs/models.md for the Hugging Face folders that are taken",
+    "DT307": "export it again with the tool that wrote it",
+    "DT309": "name a folder that `deploytool export` wrote, or export again",
+    "DT311": "get the bundle again from whoever released it, or package it again",
+    "DT314": "compress the model again",
+    "DT401": "`deploytool doctor` says what to install",
+    "DT403": "look at permissions and the space that is left, or name another place",
+    "DT502": "allow more time with --timeout",
+    "DT601": "get the files again from where they came, or make them again",
+}
+
 _KINDS = {
     c.__name__: c
     for c in (CheckFailed, UsageProblem, InputRefused, EnvironmentLacking, BackendFailed, IntegrityBroken,
@@ -154,6 +170,13 @@ def from_json(data: dict[str, Any]) -> DeployError:
     """The error that `to_json` described; an unknown kind becomes an InternalError."""
     kind = _KINDS.get(str(data.get("kind")), InternalError)
     return kind(data["code"], data["message"], detail=data.get("detail", ()), fix=data.get("fix"))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 layer", "2 layers", "2 entries"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -22,8 +22,18 @@ def find(kind: str, name: str, suffix: str) -> Path | None:
 
     Returns None when there is no such file; the caller knows how to say so.
     """
-    path = Path(name) if "/" in name or Path(name).suffix else shipped(kind) / f"{name}{suffix}"
+    path = Path(name) if is_path(name) else shipped(kind) / f"{name}{suffix}"
     return path if path.is_file() else None
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a path: it holds a slash or a suffix."""
+    return "/" in name or bool(Path(name).suffix)
+
+
+def unfound(name: str) -> str:
+    """A name for which `find` gave nothing, and that the path does not exist where it is one."""
+    return repr(name) + (", which does not exist" if is_path(name) and not Path(name).exists() else "")
 
 
 def names(kind: str, suffix: str) -> list[str]:

@@ -88,7 +88,8 @@ def load_target(name: str) -> Target:
     path = shipped.find("targets", name, ".toml")
     if path is None:
         built = [known for known in target_names() if load_target(known).backend == name.lower()]
-        raise UsageProblem("DT201", f"the target must be a shipped name or a profile's path (got {name!r})",
+        raise UsageProblem("DT201", f"the target must be a shipped name or a profile's path "
+                           f"(got {shipped.unfound(name)})",
                            detail=[f"targets of the backend {name.lower()!r}: {', '.join(built)}" if built
                                    else nearest(name, target_names())],
                            fix="`deploytool targets list` shows them")  # fmt: skip

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from deploytool import errors
-from deploytool.errors import CODES, BackendFailed, CheckFailed, DeployError, from_json, nearest
+from deploytool.errors import (
+    CODES,
+    FIXES,
+    BackendFailed,
+    CheckFailed,
+    DeployError,
+    IntegrityBroken,
+    counted,
+    from_json,
+    nearest,
+)
 
 SOURCE = Path(errors.__file__).parent
 RAISED = re.compile(r"\b(\w+)\(\s*\"(DT\d{3})\"")
@@ -51,6 +61,21 @@ def test_an_error_survives_the_way_through_a_pipe(kind: type[DeployError]) -> No
         assert type(again) is kind
     assert again.to_json()["message"] == error.message
     assert (again.code, again.detail, again.fix) == (error.code, error.detail, error.fix)
+
+
+def test_some_codes_always_say_what_to_do() -> None:
+    """Where the raiser knows nothing better the code's own help must be said; its own words must stand."""
+    assert set(FIXES) <= set(CODES)
+    bare = IntegrityBroken("DT601", "it must be whole (got otherwise)")
+    assert str(bare).endswith(f"\n  help: {FIXES['DT601']}") and bare.to_json()["fix"] == FIXES["DT601"]
+    assert IntegrityBroken("DT601", "so", fix="do this").fix == "do this"
+    assert CheckFailed("DT101", "so").fix is None
+
+
+def test_numbers_have_their_nouns() -> None:
+    """One is no plural."""
+    assert [counted(n, noun) for n, noun in ((1, "variant"), (0, "file"), (2, "entry"), (1, "entry"))] == [
+        "1 variant", "0 files", "2 entries", "1 entry"]  # fmt: skip
 
 
 def test_exit_codes_differ() -> None:

@@ -91,13 +91,15 @@ def test_files_that_are_no_models(name: str, content: bytes, called: Callable[..
 
 
 def test_names_that_do_not_exist(called: Callable[..., Result]) -> None:
-    """An unknown model is refused input, an unknown target wrong usage; both name what is near."""
+    """An unknown model, target or recipe is wrong usage, and what is near is named; so is a path that is not there."""
     code, document, said = called("export", "digist", *EXPORT)
-    assert (code, document["error"]["code"]) == (3, "DT301") and "did you mean 'digits'?" in said
+    assert (code, document["error"]["code"]) == (2, "DT201") and "did you mean 'digits'?" in said
     code, document, said = called("export", "digits", "--target", "torchscrip", "-o", "out")
     assert (code, document["error"]["code"]) == (2, "DT201") and "did you mean 'torchscript'?" in said
-    code, _, _ = called("export", "nowhere/m.py", *EXPORT)
-    assert code == 3
+    for arguments in (("export", "nowhere/m.py", *EXPORT), ("export", "digits", "-t", "./t.toml", "-o", "out"),
+                      ("compress", "digits", "--recipe", "./r.toml", "-o", "out"), ("verify", "nowhere")):  # fmt: skip
+        code, document, said = called(*arguments)
+        assert (code, document["error"]["code"]) == (2, "DT201") and "does not exist" in said
 
 
 def test_a_profile_tells_all_its_mistakes(called: Callable[..., Result]) -> None:

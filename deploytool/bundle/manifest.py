@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from deploytool.artifact import BUNDLE
 from deploytool.bundle.names import LABEL
 from deploytool.errors import InputRefused, IntegrityBroken, nearest
 from deploytool.settings import Table
 
 SCHEMA_VERSION = "1.0"
-MANIFEST = "deploytool.json"
+MANIFEST = BUNDLE
 SUMS = "SHA256SUMS"
 SELFTEST = "selftest.py"
 VARIANTS = "variants"

@@ -70,8 +70,9 @@ def find_recipe(name: str) -> Path:
     """The file of a shipped recipe's name, or of a path; raises UsageProblem when there is none."""
     path = shipped.find(RECIPES, name, ".toml")
     if path is None:
-        raise UsageProblem("DT201", f"the recipe must be a TOML file or a shipped recipe's name (got {name!r})",
-                           detail=[nearest(name, recipe_names())])  # fmt: skip
+        raise UsageProblem("DT201", f"the recipe must be a TOML file or a shipped recipe's name "
+                           f"(got {shipped.unfound(name)})", detail=[nearest(name, recipe_names())],
+                           fix="see docs/compress.md for the steps of a recipe")  # fmt: skip
     return path
 
 

@@ -213,7 +213,8 @@ def _open_original(document: _Document, folder: Path) -> Source:
     kind, name, path = document.original.kind, document.original.name, document.original.path
     moved = shipped.find("models", name, ".py") if kind == "python" and not Path(path).is_file() else None
     if kind == "python" and moved is None and not Path(path).is_file():
-        raise InputRefused("DT301", f"the original model of {folder.name} must be at {path} (there is no such file)")
+        raise InputRefused("DT301", f"the original model of {folder.name} must be at {path} (there is no such file)",
+                           fix="put it back there, or compress the model again from where it is now")  # fmt: skip
     original = open_source(ModelRef(kind, name, str(moved) if moved else path))
     names = [[spec["name"] for spec in document.signature[side]] for side in ("inputs", "outputs")]
     if names != [list(original.signature.input_names), list(original.signature.output_names)]:

@@ -16,7 +16,8 @@ def read_samples(path: Path, inputs: Sequence[TensorSpec]) -> list[tuple[Path, O
     """Each file and its sample {input name: array}, in the order of the files' names; raises InputRefused DT303."""
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise InputRefused("DT303", f"samples must be an .npz file or a folder of such files (got {path})",
+        what = "a folder without any" if path.is_dir() else "not a file" if path.exists() else "which does not exist"
+        raise InputRefused("DT303", f"samples must be an .npz file or a folder of such files (got {path}, {what})",
                            fix="write them with numpy.savez(file, **{input name: array})")  # fmt: skip
     signature = Signature(tuple(inputs), ())
     return [(file, _sample(file, signature)) for file in files]

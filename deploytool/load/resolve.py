@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
 from deploytool import shipped
+from deploytool.artifact import BUNDLE, MANIFEST
 from deploytool.errors import InputRefused, UsageProblem, nearest
 from deploytool.source import ModelRef
 
@@ -15,22 +17,28 @@ COMPRESSED = "compressed.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _CAN_RUN_CODE = {".pt2", ".pt", ".pth", ".ts", ".bin", ".ckpt", ".pkl"}
 _GRAPH = 0x3A  # the tag of ModelProto.graph: field 7, of a length
-_FILES = {*_CAN_RUN_CODE, ".py", ".onnx", ".safetensors", ".gguf", ".toml", ".json"}  # "Qwen2.5-1B" is no file name
+# "Qwen2.5-1B" is no file name
+_FILES = {*_CAN_RUN_CODE, ".py", ".onnx", ".safetensors", ".gguf", ".toml", ".json", ".tar", ".npz"}
+_KINDS = ("a model is a shipped name (`deploytool models` lists them), a Python model file, an ONNX file, a Hugging "
+          "Face folder or id, or a folder that `deploytool compress` wrote")  # fmt: skip
 
 
 def resolve(text: str, samples: Path | None = None) -> ModelRef:
     """The model that `text` means: a shipped name, a model file, a folder, an ONNX file, or a Hugging Face id.
 
-    `samples` is a file or folder of inputs for a model that brings none: an ONNX file.
+    `samples` is a file or folder of inputs for a model that brings none: an ONNX file. Raises UsageProblem for names
+    and paths that do not exist, InputRefused for what is there and is no model.
     """
     ref = _resolve(text)
     if samples is None:
         return ref
     if ref.has_module:
-        raise UsageProblem("DT201", f"samples must be given for an ONNX file (got {ref.name}, which brings its own)",
+        raise UsageProblem("DT201", "samples can be given for an ONNX file alone "
+                           f"(got {ref.name}, which brings its own)",
                            fix="leave --samples out; samples() of a model file gives them")  # fmt: skip
     if not samples.exists():
-        raise InputRefused("DT303", f"samples must be an .npz file or a folder of such files (got {samples})",
+        raise UsageProblem("DT201", f"samples must be an .npz file or a folder of such files (got {samples}, "
+                           "which does not exist)", detail=neighbours(samples),
                            fix="write them with numpy.savez(file, **{input name: array})")  # fmt: skip
     return replace(ref, samples=str(samples.absolute()))
 
@@ -46,9 +54,19 @@ def _resolve(text: str) -> ModelRef:
         return _file(path.absolute())
     if _HUB_ID.fullmatch(text) and path.suffix not in _FILES and not path.parent.exists():
         return ModelRef("huggingface", text.split("/")[1], text)
-    known = shipped.names("models", ".py")
-    raise InputRefused("DT301", f"the model must be a shipped name, a file, a folder or a hub id (got {text!r})",
-                       detail=[nearest(text, known)], fix="`deploytool models` lists the shipped ones")  # fmt: skip
+    near = neighbours(path) if shipped.is_path(text) else [nearest(text, shipped.names("models", ".py"))]
+    raise UsageProblem("DT201", "the model must be a shipped name, a file, a folder or a hub id "
+                       f"(got {shipped.unfound(text)})", detail=near, fix=_KINDS)  # fmt: skip
+
+
+def neighbours(path: Path) -> list[str]:
+    """A sentence on what lies where a path that does not exist was looked for; none where that is nothing."""
+    folder = path.parent
+    while not folder.exists():
+        path, folder = folder, folder.parent
+    there = [str(other) for other in folder.iterdir() if not other.name.startswith(".")] if folder.is_dir() else []
+    close = get_close_matches(str(path), there, n=1)
+    return [f"did you mean {close[0]!r}?"] if close else []
 
 
 def _file(path: Path) -> ModelRef:
@@ -64,8 +82,10 @@ def _file(path: Path) -> ModelRef:
                                detail=[describe(path)],
                                fix="copy it again, or export it again with the tool that wrote it")  # fmt: skip
         return ModelRef("onnx", path.stem, str(path))
-    raise InputRefused("DT301", f"a model must be a Python model file or a folder (got {path.name})",
-                       detail=[describe(path)], fix="see docs/models.md for what a model file holds")  # fmt: skip
+    if path.suffix == ".tar" or _is_tar(path):
+        raise _built(f"{path.name}, a tar as bundles are")
+    raise InputRefused("DT301", f"a model must be a Python model file, an ONNX file or a folder (got {path.name})",
+                       detail=[describe(path)], fix=_KINDS)  # fmt: skip
 
 
 def _folder(path: Path) -> ModelRef:
@@ -73,10 +93,19 @@ def _folder(path: Path) -> ModelRef:
         return ModelRef("compressed", path.name, str(path))
     if (path / "config.json").is_file():
         return ModelRef("huggingface", path.name, str(path))
+    for name, what in ((MANIFEST, "an artifact"), (BUNDLE, "a bundle"), (f"*/{MANIFEST}", "an export's output")):
+        if any(path.glob(name)):
+            raise _built(f"{path}, {what}")
     raise InputRefused("DT301", f"a model folder must hold config.json (Hugging Face) or {COMPRESSED} "
                        f"(written by `deploytool compress`) (got {path})",
                        detail=[f"it holds: {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}"],
-                       fix="name the folder that holds the model's config.json")  # fmt: skip
+                       fix=_KINDS)  # fmt: skip
+
+
+def _built(what: str) -> InputRefused:
+    return InputRefused("DT301", f"a model must be what engines are built from (got {what}: its engines are built)",
+                        detail=["verify, bench, check, package, inspect and report take it as it is"],
+                        fix="name the model that it was exported from")  # fmt: skip
 
 
 def describe(path: Path) -> str:
@@ -92,6 +121,12 @@ def describe(path: Path) -> str:
         b"\x08": "an ONNX file or other protobuf",
     }  # fmt: skip
     return "it looks like " + next((what for sign, what in signs.items() if head.startswith(sign)), "unknown data")
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether a file begins with a tar's header, POSIX's or GNU's: both have `ustar` at byte 257."""
+    with path.open("rb") as file:
+        return file.read(262)[257:] == b"ustar"
 
 
 def _is_whole_protobuf(path: Path) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from deploytool.errors import InputRefused
+from deploytool.errors import InputRefused, UsageProblem
+from deploytool.load.npz_samples import read_samples
 from deploytool.load.resolve import resolve
 
 
@@ -66,8 +68,49 @@ def test_other_files_are_refused(name: str, content: bytes, code: str, sentence:
     assert caught.value.code == code and sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["digts", "nowhere/m.py", "no such model", "", "a\nb", "ünknown", "a/b/c", "w.onnx"])
-def test_nothing_is_refused(text: str) -> None:
-    """What does not exist must be refused."""
-    with pytest.raises(InputRefused):
+@pytest.mark.parametrize("text", ["digts", "nowhere/m.py", "no such model", "a\nb", "ünknown", "a/b/c", "w.onnx"])
+def test_what_does_not_exist_is_wrong_usage(text: str) -> None:
+    """A name or path that does not exist must be a mistake of usage, like an unknown target; paths are said to be."""
+    with pytest.raises(UsageProblem, match=r"a shipped name, a file, a folder or a hub id \(got ") as caught:
         resolve(text)
+    assert caught.value.code == "DT201" and "an ONNX file" in str(caught.value.fix)
+    assert ("which does not exist" in caught.value.message) == (text in ("nowhere/m.py", "a/b/c", "w.onnx"))
+
+
+def test_the_nearest_is_named(here: Path) -> None:
+    """A typing mistake must be answered with what is near: a shipped name, or what lies beside."""
+    (here / "models").mkdir()
+    (here / "models" / "my_model.py").write_text("")
+    for text, near in (("digts", "digits"), ("models/my_modle.py", "models/my_model.py"), ("model/m.py", "models")):
+        with pytest.raises(UsageProblem) as caught:
+            resolve(text)
+        assert caught.value.detail == (f"did you mean {near!r}?",)
+
+
+def test_what_was_built_is_no_model(here: Path) -> None:
+    """Bundles, artifacts and an export's output must be called so, with what takes them and what to name instead."""
+    for folder, file in (("out/ort", "artifact.json"), ("bundle", "deploytool.json")):
+        (here / folder).mkdir(parents=True)
+        (here / folder / file).write_text("{}")
+    with tarfile.open(here / "b.tar", "w") as tar:
+        tar.add(here / "bundle", "bundle")
+    (here / "renamed").write_bytes((here / "b.tar").read_bytes())
+    kinds = {"out/ort": "an artifact", "out": "an export's output", "bundle": "a bundle"}
+    kinds |= dict.fromkeys(("b.tar", "renamed"), "a tar as bundles are")
+    for text, what in kinds.items():
+        with pytest.raises(InputRefused, match=f"{text}, {what}: its engines are built") as caught:
+            resolve(text)
+        assert caught.value.code == "DT301" and "verify, bench" in caught.value.detail[0]
+        assert caught.value.fix == "name the model that it was exported from"
+
+
+def test_samples_that_do_not_exist_are_wrong_usage(here: Path) -> None:
+    """The path must be said not to exist, not to be of a wrong kind."""
+    (here / "m.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch\x3a\x0212")
+    (here / "inputs.npz").write_bytes(b"")
+    with pytest.raises(UsageProblem, match=r"\(got input\.npz, which does not exist\)") as caught:
+        resolve("m.onnx", Path("input.npz"))
+    assert caught.value.detail == ("did you mean 'inputs.npz'?",)
+    (here / "empty").mkdir()
+    with pytest.raises(InputRefused, match="a folder without any"):
+        read_samples(here / "empty", [])
