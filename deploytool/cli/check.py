@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from deploytool.cli import options
+from deploytool.errors import IntegrityBroken
 from deploytool.worker import Limits
 
 _EXIT = {"passed": 0, "failed": 1, "inconclusive": 7}
@@ -37,7 +38,7 @@ def command(
 ) -> int:  # fmt: skip
     """Gate CANDIDATE against what was released: contract, golden replay, metrics, size and speed on this machine.
 
-    Exit code 0: passed; 1: failed; 7: inconclusive.
+    Exit code 0: passed; 1: failed; 6: a file of either is not the one that was recorded; 7: inconclusive.
     """
     from deploytool.gate.limits import GateLimits
     from deploytool.pipeline.again import check_release
@@ -53,4 +54,5 @@ def command(
         from deploytool.report.table import check_table
 
         click.echo(check_table(verdict))
-    return _EXIT[verdict.status]
+    damaged = any(finding.gate == "integrity" and finding.status == "fail" for finding in verdict.findings)
+    return IntegrityBroken.exit_code if damaged else _EXIT[verdict.status]

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from deploytool.artifact import MANIFEST, Artifact
 from deploytool.cli import options
+from deploytool.errors import IntegrityBroken, counted
 from deploytool.worker import Limits
 
 
@@ -16,8 +18,11 @@ from deploytool.worker import Limits
 @click.argument("thing", required=False)
 @options.limits_options
 @options.json_option
-def command(thing: str | None, limits: Limits, as_json: bool) -> None:
-    """Show what THING holds: a model (name, file, folder), an artifact, an export's output, or a bundle."""
+def command(thing: str | None, limits: Limits, as_json: bool) -> int:
+    """Show what THING holds: a model (name, file, folder), an artifact, an export's output, or a bundle.
+
+    Exit code 6: a file of an artifact is not the one that its manifest names.
+    """
     name = options.model_or_default(thing, options.say(False))
     found = _artifacts(Path(name)) if Path(name).exists() else None
     if found is None:
@@ -26,11 +31,11 @@ def command(thing: str | None, limits: Limits, as_json: bool) -> None:
         options.print_json({"schema_version": "1.0", **found})
     else:
         click.echo("\n".join(_text(found)))
+    return IntegrityBroken.exit_code if any(a["findings"] for a in found.get("artifacts", ())) else 0
 
 
 def _artifacts(path: Path) -> dict[str, Any] | None:
     """What lies at a path, or None when that is a model rather than something that deploytool made of one."""
-    from deploytool.artifact import MANIFEST
     from deploytool.bundle.contents import opened
     from deploytool.bundle.manifest import MANIFEST as BUNDLE
     from deploytool.bundle.manifest import VARIANTS, read_manifest
@@ -41,7 +46,7 @@ def _artifacts(path: Path) -> dict[str, Any] | None:
         return None
     with opened(path) as artifacts:
         # A tar's content is there only while it is looked at: its folders are told as they are named in it.
-        rows = [{**a.to_json(), "name": name,
+        rows = [{**a.to_json(), "name": name, "findings": _damage(a),
                  "folder": f"{VARIANTS}/{a.folder.name}" if path.is_file() else str(a.folder)}
                 for name, a in artifacts.items()]  # fmt: skip
         bundle = None
@@ -50,6 +55,15 @@ def _artifacts(path: Path) -> dict[str, Any] | None:
             manifest = read_manifest((root / BUNDLE).read_bytes(), str(path))
             bundle = {"name": manifest.name, "version": manifest.version}
     return {"kind": "artifacts", "bundle": bundle, "artifacts": rows}
+
+
+def _damage(artifact: Artifact) -> list[str]:
+    """What is wrong with the files of an artifact, one sentence each."""
+    try:
+        artifact.check()
+    except IntegrityBroken as error:
+        return [f"damaged: {line}" for line in error.detail or (error.message,)]
+    return []
 
 
 def _model(name: str, limits: Limits) -> dict[str, Any]:
@@ -65,10 +79,12 @@ def _model(name: str, limits: Limits) -> dict[str, Any]:
 def _text(found: dict[str, Any]) -> list[str]:
     if found["kind"] == "artifacts":
         lines = [f"bundle {found['bundle']['name']} {found['bundle']['version']}"] if found["bundle"] else []
-        return lines + [line for artifact in found["artifacts"] for line in _artifact_text(artifact)]
+        lines += [line for artifact in found["artifacts"] for line in _artifact_text(artifact)]
+        return lines + [f"{a['name']}: {finding}" for a in found["artifacts"] for finding in a["findings"]]
     lines = [f"model {found['model']['name']} ({found['model']['kind']})"]
     lines += _signature_text(found["signature"])
-    lines += [f"{found['parameters']} parameters, {found['size_bytes']} bytes, {found['samples']} samples",
+    lines += [f"{counted(found['parameters'], 'parameter')}, {found['size_bytes']} bytes, "
+              f"{counted(found['samples'], 'sample')}",
               f"hooks: {', '.join(found['hooks']) or 'none'}"]  # fmt: skip
     for layer in found["layers"]:
         lines.append(f"  {layer['name']:<48} {layer['kind']:<14} {layer['shape']!s:<16} {_layer_text(layer)}")

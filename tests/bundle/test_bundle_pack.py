@@ -295,3 +295,33 @@ def test_inspecting_a_bundle_tells_its_name_and_version(
     assert json.loads(capsys.readouterr().out)["bundle"] == {"name": "tiny", "version": "1.2"}
     assert run(["inspect", str(tmp_path / "a"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bundle"] is None
+
+
+def test_inspecting_a_changed_file_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is not the recorded one must be a line below what else is shown, with exit code 6; whole ones not."""
+    folder = make(tmp_path / "a").folder
+    assert run(["inspect", str(folder)]) == 0 and "damaged" not in capsys.readouterr().out
+    path = folder / "golden" / "001.npz"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    (folder / "more.bin").write_bytes(b"-")
+    assert run(["inspect", str(folder)]) == 6
+    assert capsys.readouterr().out.splitlines()[-2:] == ["ort: damaged: added: more.bin",
+                                                         "ort: damaged: changed: golden/001.npz"]  # fmt: skip
+    assert run(["inspect", str(folder), "--json"]) == 6
+    (found,) = json.loads(capsys.readouterr().out)["artifacts"]
+    assert found["findings"] == ["damaged: added: more.bin", "damaged: changed: golden/001.npz"]
+
+
+@pytest.mark.parametrize("which", ["candidate", "released", "bundle"])
+def test_the_gate_says_damage_by_one_exit_code(
+    which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A changed file of the candidate, of a released folder or of a released bundle: 6, and its name, for all three."""
+    candidate, released = (make(tmp_path / name) for name in ("candidate", "released"))
+    pack([released], tmp_path / "bundle", name="tiny", version="1")
+    folder = tmp_path / which / ("variants/ort" if which == "bundle" else "")
+    (folder / "golden" / "001.npz").write_bytes(b"other")
+    against = tmp_path / ("bundle" if which == "bundle" else "released")
+    assert run(["check", str(candidate.folder), "--against", str(against), "--no-latency", "-q"]) == 6
+    told = capsys.readouterr()
+    assert "golden/001.npz" in (told.err if which == "bundle" else told.out)
