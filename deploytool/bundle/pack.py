@@ -142,7 +142,8 @@ def _check_fit(artifact: Artifact) -> None:
                                        f"digest)", fix="export it again")  # fmt: skip
     if (said.get("parity") or {}).get("passed") is not True or said.get("status") != "ok":
         raise CheckFailed("DT101", f"an artifact must have passed its export (got {artifact.folder}, which has not)",
-                          detail=[str(said["reason"])] if said.get("reason") else [])  # fmt: skip
+                          detail=[str(said["reason"])] if said.get("reason") else [],
+                          fix="look at its report.json, mend what failed, and export it again")  # fmt: skip
     if not any(f.path.startswith(f"{GOLDEN}/") for f in artifact.files):
         raise InputRefused("DT309", f"an artifact must hold recorded cases in {GOLDEN}/ (got {artifact.folder} "
                                     f"without)", fix="export it again")  # fmt: skip

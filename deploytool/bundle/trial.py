@@ -38,7 +38,8 @@ def selftest(path: Path, variant: str | None = None, *, timeout: float = 600.0, 
     with unpacked(path) as folder:
         known = [v.target for v in verify_bundle(folder).variants]
         if variant is not None and variant not in known:
-            raise UsageProblem("DT201", f"the variant must be one of {', '.join(known)} (got {variant!r})")
+            raise UsageProblem("DT201", f"the variant must be one of {', '.join(known)} (got {variant!r})",
+                               fix="leave --variant out to test them all")  # fmt: skip
         if not trust and sha256_file(folder / SELFTEST) != sha256_file(TEMPLATE):
             raise InputRefused("DT312", f"{SELFTEST} must be the one that this deploytool ships (got another one)",
                                fix="read it, then trust it; or use the deploytool that packed the bundle")  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from deploytool.cli import options
+from deploytool.errors import counted
 
 _path = click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 
@@ -28,7 +29,7 @@ def verify(bundle: Path, as_json: bool) -> None:
         options.print_json({"schema_version": "1.0", "status": "ok", "manifest": manifest.model_dump(mode="json")})
     else:
         targets = ", ".join(v.target for v in manifest.variants)
-        click.echo(f"ok: {manifest.name} {manifest.version} ({targets}), {len(manifest.files)} files")
+        click.echo(f"ok: {manifest.name} {manifest.version} ({targets}), {counted(len(manifest.files), 'file')}")
 
 
 @command.command("selftest")
@@ -46,7 +47,8 @@ def selftest(bundle: Path, variant: str | None, timeout: float, trust: bool, as_
         options.print_json(result)
         return
     for tested in result["variants"]:
-        click.echo(f"{tested['target']}: {tested['status']} ({len(tested['cases'])} cases) {tested['reason']}".rstrip())
+        cases = counted(len(tested["cases"]), "case")
+        click.echo(f"{tested['target']}: {tested['status']} ({cases}) {tested['reason']}".rstrip())
 
 
 @command.command("unpack")

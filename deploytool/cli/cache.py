@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from deploytool.cli import options
+from deploytool.errors import counted
 
 
 @click.group("cache")
@@ -31,7 +32,7 @@ def list_entries(as_json: bool) -> None:
     for entry in found:
         days = (time.time() - entry.used_unix_seconds) / 86_400
         click.echo(f"{entry.name}  {entry.model:<24} {entry.size_bytes / 1e6:>9.1f} MB  used {days:.1f} days ago")
-    click.echo(f"{len(found)} entries, {total / 1e6:.1f} MB, in {cache_folder()}")
+    click.echo(f"{counted(len(found), 'entry')}, {total / 1e6:.1f} MB, in {cache_folder()}")
 
 
 @command.command("clear")
@@ -51,4 +52,4 @@ def clear(older_than: float, dry_run: bool, as_json: bool) -> None:
         options.print_json({"schema_version": "1.0", "removed": [entry.name for entry in unused], "freed_bytes": freed,
                             "dry_run": dry_run})  # fmt: skip
         return
-    click.echo(f"{'would remove' if dry_run else 'removed'} {len(unused)} entries, {freed / 1e6:.1f} MB")
+    click.echo(f"{'would remove' if dry_run else 'removed'} {counted(len(unused), 'entry')}, {freed / 1e6:.1f} MB")

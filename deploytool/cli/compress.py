@@ -52,7 +52,8 @@ def command(
         options.print_json(told) if as_json else click.echo("\n".join(_explained(told)))
         return
     if output is None:
-        raise UsageProblem("DT201", "-o must name the folder to write (got none)")
+        raise UsageProblem("DT201", "-o must name the folder to write (got none)",
+                           fix="add -o FOLDER, or --explain to have nothing written")  # fmt: skip
     refuse_existing(output, overwrite, COMPRESSED)
     refuse_impossible(compression_needs(weights_of(ref)), output, limits)
     plan = {"model": asdict(ref), "recipe": str(path), "steps": steps.plan(), "output": str(output), "seed": seed}

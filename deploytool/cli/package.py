@@ -10,7 +10,7 @@ import click
 
 from deploytool.artifact import Artifact
 from deploytool.cli import options
-from deploytool.errors import InputRefused
+from deploytool.errors import InputRefused, counted
 
 if TYPE_CHECKING:
     from deploytool.bundle.manifest import Bucket
@@ -60,8 +60,8 @@ def command(
         options.print_json({"schema_version": "1.0", "bundle": str(output), "format": form,
                             "manifest": manifest.model_dump(mode="json")})  # fmt: skip
         return
-    click.echo(f"{output}: {manifest.name} {manifest.version}, {len(manifest.variants)} variants, "
-               f"{len(manifest.files)} files")  # fmt: skip
+    click.echo(f"{output}: {manifest.name} {manifest.version}, {counted(len(manifest.variants), 'variant')}, "
+               f"{counted(len(manifest.files), 'file')}")  # fmt: skip
     for artifact in variants:
         click.echo(f"  {artifact.target['name']}: {artifact.precision}, {artifact.size_bytes / 1e6:.2f} MB, of "
                    f"{artifact.folder.resolve()}")  # fmt: skip

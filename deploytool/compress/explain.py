@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deploytool.compress.calls import plain_forward
 from deploytool.compress.factorize.ranks import largest_saving_rank, rank_for_keep
+from deploytool.compress.fitting import any_batches, outputs_of
 from deploytool.compress.linears import with_linears
 from deploytool.compress.matrices import matrix, matrix_layers
 from deploytool.compress.recipe import Recipe, load_recipe
@@ -24,12 +25,13 @@ from deploytool.compress.run import measure
 from deploytool.compress.select import select
 from deploytool.compress.step import Context, StepTable
 from deploytool.compress.training import TrainingTable
+from deploytool.errors import counted
 from deploytool.load.model import open_source
 from deploytool.source import ModelRef, Source
 
 SCHEMA_VERSION = "1.0"
 _RUN = ("magnitude", "plain-attention", "blockwise-attention", "local-attention", "fnet", "tucker",
-        "low-rank-embedding")  # fmt: skip
+        "low-rank-embedding", "drop-layers")  # fmt: skip
 _LISTED = 8
 
 
@@ -64,7 +66,8 @@ def _tried(source: Source, settings: StepTable, context: Context) -> tuple[Sourc
     after, did = importlib.import_module(settings.code).apply(source, settings, context)
     sizes = {"before": _sizes(source), "after": _sizes(after)}
     change = _change(source, after)
-    said = [f"changes {len(did['layers'])} layers, leaves {len(did['skipped'])} alone",
+    kept = f"keeps {len(did['kept'])} of {did['before']} {did['blocks']}" if "kept" in did else None
+    said = [kept or f"changes {counted(len(did['layers']), 'layer')}, leaves {len(did['skipped'])} alone",
             f"moves the outputs of the first sample by {change:.2%} of their size"]  # fmt: skip
     if settings.step == "local-attention":
         said += [_saved_scores(row) for row in did["layers"][:1]]
@@ -82,8 +85,9 @@ def _forecast(source: Source, settings: StepTable, context: Context) -> dict[str
     said = _sizes_said(settings, weights)
     if isinstance(settings, TrainingTable):
         weights = {} if settings.step in ("distill", "finetune") else weights
-        said.append(f"trains all {sum(p.numel() for p in source.module.parameters())} parameters; "
-                    + _training_said(settings, source))  # fmt: skip
+        said.append(f"trains all {sum(p.numel() for p in source.module.parameters())} parameters; zeros and the number "
+                    "of weights stay as they are")  # fmt: skip
+        said += _training_said(settings, source, context)
     elif not said:
         said = ["has no forecast: run it with a small [calibration] first"]
     else:
@@ -94,35 +98,46 @@ def _forecast(source: Source, settings: StepTable, context: Context) -> dict[str
 
 def _sizes_said(settings: StepTable, weights: Mapping[str, tuple[int, ...]]) -> list[str]:
     total = sum(rows * columns for rows, columns in weights.values())
-    value = settings.model_dump()
+    value, layers, now = settings.model_dump(), counted(len(weights), "layer"), f"{4 * total} bytes in fp32"
     if settings.step == "svd":
         return [_svd_said(value, weights, total)]
+    if settings.step == "smoothquant":
+        return [f"moves ranges of activations into the weights of up to {layers}: sizes stay as they are, outputs too "
+                "until a target quantizes both"]  # fmt: skip
+    if settings.step == "narrow":
+        shares = [f"{value[unit]:.0%} of the {unit}" for unit in ("heads", "neurons", "channels") if value[unit]]
+        return [f"keeps {' and '.join(shares)} of up to {layers}; these really get smaller and faster, by up to the "
+                f"rest of {total} weights"]  # fmt: skip
+    if settings.step == "mixed-precision":
+        return [f"gives {layers} {', '.join(map(str, value['choices']))} bits each, most where most is lost: {now} "
+                f"become about {round(total * value['mean_bits'] / 8)} with the scales"]  # fmt: skip
     if value.get("pattern") or value.get("sparsity") is not None:
         share = _zeros(value)
         stored = (1 - share) + 1 / 32
-        return [f"sets {share:.0%} of {total} weights in {len(weights)} layers to zero: {4 * total} bytes in fp32 are "
-                f"stored in about {round(4 * total * stored)}; engines run no faster for it"]  # fmt: skip
+        return [f"sets {share:.0%} of {total} weights in {layers} to zero: {now} are stored in about "
+                f"{round(4 * total * stored)}; engines run no faster for it"]  # fmt: skip
     if value.get("bits"):
-        return [f"puts {total} weights in {len(weights)} layers on grids of {value['bits']} bits: {4 * total} bytes in "
-                f"fp32 become about {total * value['bits'] // 8} and the scales"]  # fmt: skip
+        return [f"puts {total} weights in {layers} on grids of {value['bits']} bits: {now} become about "
+                f"{total * value['bits'] // 8} and the scales"]  # fmt: skip
     if value.get("remove"):
-        return [f"removes {value['remove']:.0%} of the units of up to {len(weights)} layers; these really get smaller "
-                f"and faster, by up to that share of {total} weights"]  # fmt: skip
+        return [f"removes {value['remove']:.0%} of the units of up to {layers}; these really get smaller and faster, "
+                f"by up to that share of {total} weights"]  # fmt: skip
     return []
 
 
 def _svd_said(value: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]], total: int) -> str:
+    layers = counted(len(weights), "layer")
     if value["budget"] is not None:
         return f"leaves {round(total * value['budget'])} of {total} weights, spent where the outputs need them"
     if value["energy"] is not None:
-        return f"chooses the rank of {len(weights)} layers by their singular values: {total} weights or fewer remain"
+        return f"chooses the rank of {layers} by their singular values: {total} weights or fewer remain"
     left = factored = 0
     for rows, columns in weights.values():
         rank = value["rank"] or rank_for_keep(rows, columns, value["keep"])
         saves = rank <= largest_saving_rank(rows, columns)
         factored += saves
         left += rank * (rows + columns) if saves else rows * columns
-    return f"factors {factored} of {len(weights)} layers: {left} of {total} weights remain, and as much of the work"
+    return f"factors {factored} of {layers}: {left} of {total} weights remain, and as much of the work"
 
 
 def _zeros(value: Mapping[str, Any]) -> float:
@@ -138,17 +153,28 @@ def _saved_scores(row: Mapping[str, Any]) -> str:
     return f"computes about {seen} of {tokens} scores for each token at the first sample's length"
 
 
-def _training_said(settings: TrainingTable, source: Source) -> str:
+def _training_said(settings: TrainingTable, source: Source, context: Context) -> list[str]:
     value = settings.model_dump()
     lacking = source.train_batches is None or source.loss is None
     if lacking and "finetune" in (settings.step, value.get("train")):
-        return "it will be refused: the model file has no train_batches() or no loss()"
-    if source.train_batches is None:
-        return "the model file has no train_batches, so the calibration samples are what it learns from"
-    batches = sum(1 for _ in source.train_batches())
+        return ["it will be refused: the model file has no train_batches() or no loss()"]
+    epoch, where = any_batches(source, settings, context)
+    batches = sum(1 for _ in epoch(0))
     steps = -(-batches // settings.accumulate) * settings.epochs
     steps = (min(steps, settings.steps) if settings.steps else steps) * value.get("rounds", 1)
-    return f"{steps} optimizer steps over {batches} batches an epoch"
+    seconds = steps * settings.accumulate * _batch_seconds(source, next(iter(epoch(0))))
+    said = f"{counted(steps, 'optimizer step')} over {batches} batches an epoch, about {seconds:.2g} s here"
+    return [said] + (["the model file has no train_batches, so the calibration samples are what it learns from"]
+                     if where == "samples" else [])  # fmt: skip
+
+
+def _batch_seconds(source: Source, batch: Mapping[str, Any]) -> float:
+    """Of training on one batch: four forward runs, of which back-propagation takes two and a teacher one."""
+    with plain_forward():
+        outputs_of(source.flat, source, batch)  # the first run allocates
+        started = time.perf_counter()
+        outputs_of(source.flat, source, batch)
+    return 4 * (time.perf_counter() - started)
 
 
 def _sizes(source: Source) -> dict[str, int]:

@@ -261,7 +261,8 @@ def bench_again(paths: Sequence[Path], sizes: Mapping[str, int], options: Option
         for path, artifact in references.items():
             if artifact.signature.inputs != candidate.signature.inputs:
                 raise InputRefused("DT308", f"artifacts must take the same inputs to be compared (got {path})",
-                                   detail=[str(candidate.signature), str(artifact.signature)])  # fmt: skip
+                                   detail=[str(candidate.signature), str(artifact.signature)],
+                                   fix="name artifacts of one model")  # fmt: skip
         case = stack.enter_context(inputs_at(candidate, sizes))
         result = {"artifact": str(paths[0]), **timed(candidate, references, case, options, say)}
         if decodes(candidate.signature):
@@ -297,7 +298,8 @@ def _one_artifact(path: Path) -> Iterator[Artifact]:
         artifact = next(iter(artifacts.values()))
         artifact.check()
         if not artifact.executes:
-            raise InputRefused("DT313", f"{path} must run here to be timed (it was built for other hardware)")
+            raise InputRefused("DT313", f"{path} must run here to be timed (it was built for other hardware)",
+                               fix="time it on its device")  # fmt: skip
         yield artifact
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from deploytool.artifact import Artifact
 from deploytool.backends.cut import COMPILED, CUTTERS, open_cuts, without_graph
 from deploytool.cases import Case
+from deploytool.errors import counted
 from deploytool.verify.bisect import Search, few_cases, floats_of, has_sharp_bounds
 from deploytool.verify.cause import Suspect, likely_cause
 from deploytool.verify.promise import PROMISE, broken_promises
@@ -110,8 +111,8 @@ def unjudged_said(nodes: Mapping[str, Any]) -> list[str]:
         return [f"nodes were not judged by themselves: {nodes['unjudged']}"]
     said = []
     if nodes["uncertain"]:
-        said.append(f"{nodes['uncertain']} nodes of static or grouped whole numbers were not judged alone: what "
-                    "they may cost depends on ranges that calibration fixed")  # fmt: skip
+        said.append(f"not judged alone: {counted(nodes['uncertain'], 'node')} of static or grouped whole numbers: "
+                    "their loss depends on ranges that calibration fixed")  # fmt: skip
     if nodes["refused"]:
-        said.append(f"{nodes['refused']} nodes cannot be run by themselves")
+        said.append(f"cannot be run alone: {counted(nodes['refused'], 'node')}")
     return said
