@@ -222,14 +222,14 @@ def summarize(blocks: Sequence[Block], costs: Mapping[str, Mapping[str, Any]], *
     names = [name for name in costs if name]
     notes = []
     if len(quiet) < len(blocks):
-        notes.append(f"{len(blocks) - len(quiet)} of {len(blocks)} blocks were disturbed and not used"
-                     + ("" if quiet else ", which is all: times are of disturbed blocks"))  # fmt: skip
+        notes.append(f"{len(blocks) - len(quiet)} of {len(blocks)} blocks were disturbed and "
+                     + ("not used" if quiet else "that is all: times are of disturbed blocks"))  # fmt: skip
     notes += [f"{label} is an estimate: {runs_needed(share)} runs make it sure (got {len(own)})"
               for label, share in (("p90", 0.9), ("p99", 0.99)) if len(own) < runs_needed(share)]  # fmt: skip
     against = {name: _against([b for b in blocks if b.reference == name], quiet, seed) | dict(costs[name])
                for name in names}  # fmt: skip
-    notes += [f"against {name}: undecided, {a['blocks']} undisturbed blocks (a verdict needs {MIN_BLOCKS})"
-              for name, a in against.items() if a["blocks"] < MIN_BLOCKS]  # fmt: skip
+    notes += [f"against {name}: undecided, {a['blocks']} undisturbed blocks (a verdict needs {MIN_BLOCKS}); its "
+              "figures are of all blocks" for name, a in against.items() if a["blocks"] < MIN_BLOCKS]  # fmt: skip
     return {
         **_times(own),
         **costs[""],

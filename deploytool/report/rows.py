@@ -10,6 +10,7 @@ from deploytool.results import Verdict
 
 _NONE = "-"
 _TELLING = 100.0  # an interval whose ends lie further apart than this factor tells nothing
+_ALIKE = 2.0  # as the verdict has it: blocks further apart than this factor have no common ratio
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,19 @@ def _scaled(value: float | None, unit: float, form: str) -> str:
 def speedup_text(speed: Mapping[str, Any]) -> str:
     """The ratio with its 95 % interval in brackets; in words the lowest and highest of the blocks where there is none.
 
-    So too where one block of a few was disturbed and the interval reaches over orders of magnitude.
+    So too where one block of a few was disturbed and the interval reaches over orders of magnitude. Blocks that lie
+    more than a factor of two apart have no ratio that could stand for them.
     """
     if speed.get("speedup") is None:
         return _NONE
     ratio = f"{speed['speedup']:.2f}x"
-    interval = speed.get("speedup_ci")
-    if interval and (interval[1] <= _TELLING * interval[0] or not speed.get("speedup_range")):
+    interval, seen = speed.get("speedup_ci"), speed.get("speedup_range")
+    if interval and (interval[1] <= _TELLING * interval[0] or not seen):
         return f"{ratio} [{interval[0]:.2f}, {interval[1]:.2f}]"
-    seen = speed.get("speedup_range")
-    return ratio + (f", blocks {seen[0]:.2f} to {seen[1]:.2f}" if seen else "")
+    if not seen:
+        return ratio
+    blocks = f"blocks {seen[0]:.2f} to {seen[1]:.2f}"
+    return f"{ratio}, {blocks}" if seen[1] <= _ALIKE * seen[0] else blocks
 
 
 def _number(value: Any) -> str:

@@ -184,7 +184,7 @@ def test_too_short_a_budget_is_said() -> None:
     against = result["against"]["r"]
     assert (against["blocks"], against["verdict"]) == (1, "undecided")
     assert against["speedup_ci"] is None and against["speedup_range"] == [against["speedup"], against["speedup"]]
-    assert any("a verdict needs 5" in note for note in result["notes"])
+    assert any("a verdict needs 5); its figures are of all blocks" in note for note in result["notes"])
     assert any("p99 is an estimate: 662 runs" in note for note in result["notes"])
 
 

@@ -65,7 +65,8 @@ def test_an_interval_that_tells_nothing_is_not_shown() -> None:
     report = copy.deepcopy(REPORT)
     speed = report["targets"][0]["speed"]
     speed |= {"speedup_ci": [2.8e-05, 30725.6], "speedup_range": [0.43, 1.14], "verdict": "undecided"}
-    assert "1.62x, blocks 0.43 to 1.14" in export_table(report) and "30725" not in export_table(report)
+    assert "blocks 0.43 to 1.14" in export_table(report) and "30725" not in export_table(report)
+    assert "1.62x" not in export_table(report)
     speed["speedup_ci"] = [0.2, 10.0]
     assert "1.62x [0.20, 10.00]" in export_table(report)
 
