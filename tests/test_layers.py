@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "deploytool"
 # A room may import from itself and from the rows above its own; rooms of one row do not know each other.
 LAYERS = (
     {"errors"},
-    {"shipped", "storage", "processes", "child", "signature", "settings", "results", "encoding"},
+    {"shipped", "storage", "processes", "child", "signature", "settings", "results", "encoding", "processor"},
     {"artifact", "cases", "difference", "target", "source", "runner"},
     {"worker", "decoding"},
     {"load"},

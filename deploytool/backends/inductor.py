@@ -31,6 +31,7 @@ from deploytool.backends.inductor_kernels import Recorder
 from deploytool.backends.ran_inductor import KERNELS
 from deploytool.backends.torchscript_make import example
 from deploytool.errors import BackendFailed, EnvironmentLacking
+from deploytool.processor import processor
 from deploytool.runner import Runner
 from deploytool.signature import Feeds, Signature
 from deploytool.source import Source
@@ -75,7 +76,7 @@ def open_package(artifact: Artifact) -> Runner:
 def _check_saturation(artifact: Artifact) -> None:
     """Raise EnvironmentLacking where sums of the package's 8-bit weights would be cut off: by CPUs without VNNI."""
     found = artifact.settings.get("needs_vnni", {"weights": 0})
-    if found["weights"] and not saturation.has_vnni(saturation.cpu_flags()):
+    if found["weights"] and not saturation.has_vnni(processor().flags):
         raise EnvironmentLacking("DT402", f"the CPU must have VNNI: {found['weights']} of {found['of']} int8 weights "
                                  f"of {artifact.entry} saturate without (it has none)",
                                  fix="build it with weight_bits = 7; train on grids of 7 bits")  # fmt: skip
@@ -163,7 +164,7 @@ def load_package(path: Path) -> Any:
 
 def missing_instructions(wanted: str) -> list[str]:
     """Flags that this CPU lacks of what Inductor names, such as "AVX512 AVX512_VNNI"."""
-    has = saturation.cpu_flags()
+    has = processor().flags
     return [_FLAGS[name] for name in wanted.split() if has and name in _FLAGS and _FLAGS[name] not in has]
 
 

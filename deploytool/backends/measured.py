@@ -11,7 +11,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from deploytool.artifact import versions
@@ -19,6 +18,7 @@ from deploytool.backends.base import Request
 from deploytool.backends.engine import threads_to_use
 from deploytool.backends.tables import OnnxRuntimeBuild
 from deploytool.errors import EnvironmentLacking
+from deploytool.processor import processor
 from deploytool.storage import read_json, write_json
 from deploytool.target import Target
 
@@ -50,7 +50,7 @@ def check_processor(target: Target) -> None:
 
 def measured(request: Request, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `measure` finds, or found before for this profile, processor and ONNX Runtime; and where and how long."""
-    about = {"cpu": _processor(), "threads": settings["threads"]}
+    about = {"cpu": _here(), "threads": settings["threads"]}
     file = request.kept / f"{_identity(request, about)}.json" if request.kept else None
     if file and file.is_file():
         known: dict[str, Any] = read_json(file)
@@ -76,8 +76,12 @@ def told(settings: Mapping[str, Any]) -> list[str]:
                 f"quickest within the limits ({where})"]  # fmt: skip
     rows = table["operators"]
     slower, back = (sum(row["decision"] == why for row in rows) for why in (SLOWER, GIVEN_BACK))
+    beyond = table["loss"] > table["loss_allowed"]
     return [f"of {len(rows)} groups of products {slower} are not faster in int8 and {back} gain too little for what "
-            f"they cost: these stay fp32 ({where})"]  # fmt: skip
+            f"they cost: these stay fp32 ({where})",
+            *([f"with all of them in fp32 the calibration feeds still lose {table['loss']:.3g} of cosine, and "
+               f"{table['loss_allowed']:.3g} was aimed at: operators that are not weighed lose it"] if beyond else []),
+            ]  # fmt: skip
 
 
 def _identity(request: Request, about: Mapping[str, Any]) -> str:
@@ -87,12 +91,7 @@ def _identity(request: Request, about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _processor() -> str:
-    """The processor's name and steps, as the system tells them: kernels differ by both."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(reversed([(key.strip(), value.strip()) for line in lines for key, _, value in [line.partition(":")]]))
-    told = [fields[key] for key in ("model name", "cpu family", "model", "stepping") if key in fields]
-    return " ".join([told[0], *([f"({'.'.join(told[1:])})"] if told[1:] else [])]) if told else platform.machine()
+def _here() -> str:
+    """The processor's name and steps: kernels differ by both."""
+    here = processor()
+    return " ".join([here.name or platform.machine(), *([f"({here.steps})"] if here.steps else [])])

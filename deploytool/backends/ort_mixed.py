@@ -56,11 +56,19 @@ def weighed(request: Request, choice: Choice) -> dict[str, Any]:
                                    and in int8 (medians of the turns, all feeds together), the share of turns in which
                                    int8 was quicker, what they cost the outputs alone, and the decision
 
-    Raises InputRefused DT310 for a graph of 2 GB and more.
+    Raises InputRefused DT310 for a graph of 2 GB and more, and where what else is int8 loses more than the profile
+    allows by itself: giving products back does not help then.
     """
     if choice.plain.ByteSize() > _LARGEST_BYTES:
         raise InputRefused("DT310", "a graph whose operators are timed must be below 2 GB", fix="take mixed out")
-    return measured(request, choice.settings, lambda: _weighed(choice, request.target.parity.cosine_min))
+    cosine_min = request.target.parity.cosine_min
+    table = measured(request, choice.settings, lambda: _weighed(choice, cosine_min))
+    if table["loss"] > 1.0 - cosine_min:
+        raise InputRefused("DT310", f"int8 must lose at most {1.0 - cosine_min:.3g} of cosine on the calibration feeds "
+                           f"(it loses {table['loss']:.3g} with every product back in fp32: by operators that are not "
+                           "weighed, such as recurrent layers)",
+                           fix="name op_types without those, or choose an fp32 target")  # fmt: skip
+    return table
 
 
 def kept(table: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 from deploytool.backends import saturation
 from deploytool.errors import EnvironmentLacking
+from deploytool.processor import processor
 
 _AUTO = ("fbgemm", "qnnpack")  # of x86 CPUs, of ARM
 _OF_ONEDNN = ("x86", "onednn")
@@ -47,7 +48,7 @@ def _first(here: Collection[str]) -> str:
 
 
 def _check_saturation(engine: str, weight_bits: int) -> None:
-    if engine in _OF_ONEDNN and weight_bits > 7 and not saturation.has_vnni(saturation.cpu_flags()):
+    if engine in _OF_ONEDNN and weight_bits > 7 and not saturation.has_vnni(processor().flags):
         raise EnvironmentLacking("DT402", f"the CPU must have VNNI for weights of 8 bits in the engine {engine!r}, "
                                  "whose sums are cut off without (it has none)",
                                  fix='build it with weight_bits = 7, or engine = "auto"')  # fmt: skip

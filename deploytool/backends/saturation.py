@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,15 +65,6 @@ def counted(weights: Iterable[tuple[str, np.ndarray, int]]) -> dict[str, Any]:
     worst = max(excess, key=lambda name: excess[name], default="")
     found = sum(value > 0 for value in excess.values())
     return {"weights": found, "of": len(excess)} | ({"worst": worst, "excess": excess[worst]} if found else {})
-
-
-def cpu_flags() -> set[str]:
-    """What /proc/cpuinfo calls the abilities of this CPU; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 def has_vnni(cpu_flags: Collection[str]) -> bool:

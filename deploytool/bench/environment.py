@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from deploytool.processor import processor
+
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8",
           "asimd", "asimddp", "i8mm", "bf16", "sve")  # fmt: skip
 _PACKAGES = ("deploytool", "numpy", "torch", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt-rtx-cu13", "torchao",
@@ -23,10 +25,10 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def environment() -> dict[str, Any]:
     """The machine and its software as data; values that cannot be read are None."""
-    model, flags = _processor()
+    here = processor()
     return {
-        "cpu": model,
-        "cpu_flags": flags,
+        "cpu": here.name or None,
+        "cpu_flags": [flag for flag in _FLAGS if flag in here.flags],
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(),
         "cores_usable": usable_cores(),
@@ -45,16 +47,6 @@ def environment() -> dict[str, Any]:
 def usable_cores() -> int:
     """Logical cores that this process may run on."""
     return len(os.sched_getaffinity(0))
-
-
-def _processor() -> tuple[str | None, list[str]]:
-    text = _text(Path("/proc/cpuinfo")) or ""
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip().lower(), value.strip())
-    there = set((fields.get("flags") or fields.get("features") or "").split())
-    return fields.get("model name") or platform.processor() or None, [f for f in _FLAGS if f in there]
 
 
 def _quota() -> float | None:

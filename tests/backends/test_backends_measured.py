@@ -21,6 +21,7 @@ from deploytool.backends import measured, ort_blocks, ort_mixed, ort_profile  # 
 from deploytool.backends.base import Request, build_artifact, load_checked_target, open_artifact  # noqa: E402
 from deploytool.backends.ort_profile import TURNS, Group, grouped_products, timed_groups  # noqa: E402
 from deploytool.errors import BackendFailed, EnvironmentLacking, InputRefused, UsageProblem  # noqa: E402
+from deploytool.processor import Processor  # noqa: E402
 from deploytool.signature import Outputs, Signature, TensorSpec  # noqa: E402
 from deploytool.target import Target  # noqa: E402
 
@@ -76,7 +77,11 @@ def planted(times: Mapping[str, tuple[float, float]]) -> Callable[..., list[Grou
 
 
 def decisions(artifact: Artifact) -> dict[str, str]:
-    return {name: row["decision"] for row in artifact.settings["measured"]["operators"] for name in row["names"]}
+    return decisions_of(artifact.settings)
+
+
+def decisions_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {name: row["decision"] for row in settings["measured"]["operators"] for name in row["names"]}
 
 
 def spoilt() -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +178,7 @@ def test_a_second_build_is_the_same(workshop: Workshop, monkeypatch: pytest.Monk
     changed = request.target.parity.model_copy(update={"cosine_min": 0.9})
     with pytest.raises(pytest.fail.Exception, match="again"):
         build_artifact(replace(request, target=request.target.model_copy(update={"parity": changed})), {})
-    monkeypatch.setattr(measured, "_processor", lambda: "another")
+    monkeypatch.setattr(measured, "processor", lambda: Processor("another", "", frozenset()))
     with pytest.raises(pytest.fail.Exception, match="again"):
         build_artifact(request, {})
 
@@ -195,6 +200,31 @@ def test_a_number_of_products_cannot_be_asked_for_too(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match="keep_fp32") as caught:
         load_checked_target(str(profile))
     assert caught.value.code == "DT202"
+
+
+def test_what_is_not_weighed_may_lose_too_much(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an int8 LSTM alone loses more than is allowed, that must be said, not left to parity; where it loses more
+    than is aimed at, a finding must say so."""
+    target = load_checked_target("ort-int8")
+
+    def built(cosine_min: float, int8_us: float) -> Mapping[str, Any]:
+        def told(plain: Any, rounded: Any, products: Mapping[str, str], *_: Any) -> list[Group]:
+            return [Group((name,), (60.0,) * TURNS, (int8_us,) * TURNS) for name in products]
+
+        monkeypatch.setattr(ort_mixed, "timed_groups", told)
+        limits = target.parity.model_copy(update={"cosine_min": cosine_min})
+        own = target.model_copy(update={"parity": limits})
+        return build_artifact(workshop.request("lstm", own, mixed="measured"), {}).settings
+
+    with pytest.raises(InputRefused, match="with every product back in fp32: by operators that are not") as caught:
+        built(1 - 1e-9, 30.0)
+    assert caught.value.code == "DT310" and "op_types" in str(caught.value)
+    alone = built(0.98, 90.0)
+    assert set(decisions_of(alone).values()) == {measured.SLOWER} and len(measured.told(alone)) == 1
+    between = built(1 - 1.1 * alone["measured"]["loss"], 30.0)
+    assert set(decisions_of(between).values()) == {measured.GIVEN_BACK}
+    assert between["measured"]["loss"] > between["measured"]["loss_allowed"]
+    assert "still lose" in measured.told(between)[1]
 
 
 @pytest.mark.parametrize("name", ["ort-int8", "ort-static-int8"])

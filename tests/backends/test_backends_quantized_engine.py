@@ -11,10 +11,11 @@ from workshop import Workshop, cosine
 torch = pytest.importorskip("torch")
 
 from deploytool.artifact import Artifact  # noqa: E402
-from deploytool.backends import quantized_engine, saturation  # noqa: E402
+from deploytool.backends import quantized_engine  # noqa: E402
 from deploytool.backends.base import build_artifact, load_checked_target, open_artifact  # noqa: E402
 from deploytool.bundle import selftest  # noqa: E402
 from deploytool.errors import EnvironmentLacking  # noqa: E402
+from deploytool.processor import Processor  # noqa: E402
 
 ENGINES = ("fbgemm", "x86", "onednn", "qnnpack")
 X86 = pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU")
@@ -78,13 +79,13 @@ def test_an_engine_that_is_not_here_is_refused(workshop: Workshop, monkeypatch: 
 @pytest.mark.parametrize("engine", ["x86", "onednn"])
 def test_eight_bits_need_vnni(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN's sums of 8-bit weights are cut off without VNNI: refused at build and open; 7 bits are not."""
-    monkeypatch.setattr(saturation, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(quantized_engine, "processor", lambda: Processor("", "", frozenset({"avx2"})))
     for use in (lambda: quantized_engine.use_engine(engine, 8),
                 lambda: quantized_engine.use_engine_of({"engine": engine, "weight_bits": 8})):  # fmt: skip
         with pytest.raises(EnvironmentLacking, match="must have VNNI"):
             use()
     assert quantized_engine.use_engine_of({"engine": engine, "weight_bits": 7}) == engine
-    monkeypatch.setattr(saturation, "cpu_flags", lambda: {"avx512_vnni"})
+    monkeypatch.setattr(quantized_engine, "processor", lambda: Processor("", "", frozenset({"avx512_vnni"})))
     assert quantized_engine.use_engine(engine, 8) == engine
 
 
