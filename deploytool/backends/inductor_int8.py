@@ -202,16 +202,21 @@ def separated(program: ExportedProgram, signature: Signature) -> ExportedProgram
     Inductor has kernels for weights that are read once; each packs its own copy.
     """
     module: GraphModule = program.module(check_guards=False)
-    shared = [node for node in module.graph.nodes if str(node.target).startswith(_UNROUND) and len(node.users) > 1]
-    for node in shared:
-        for index, user in enumerate(list(node.users)[1:]):
-            name = f"{str(node.args[0].target).replace('.', '_')}_{index}"
+    readers = [(node, user) for node in module.graph.nodes if str(node.target).startswith(_UNROUND)
+               for user in list(node.users)]  # fmt: skip
+    read = Counter[str]()
+    for node, user in readers:
+        weight = str(node.args[0].target)
+        if read[weight]:
+            name = f"{weight.replace('.', '_')}_{read[weight]}"
             module.register_buffer(name, _attribute(module, node.args[0]).detach().clone())
             with module.graph.inserting_before(user):
                 own = module.graph.get_attr(name)
                 user.replace_input_with(node, module.graph.call_function(node.target, (own, *node.args[1:])))
-    if not shared:
+        read[weight] += 1
+    if len(read) == len(readers):
         return program
+    module.graph.eliminate_dead_code()
     return _exported_again(module, program, signature)
 
 

@@ -75,6 +75,7 @@ def quantize(
             module: GraphModule = program.module(check_guards=False)
             module.graph.eliminate_dead_code()  # a quantizer that looks for layers fails at those that nothing reads
             module.recompile()
+            _tell_calls_apart(module)
             prepared = prepare_pt2e(module, _with_learned(quantizer, _by_attribute(program, encodings), learned))
             for one in feeds:
                 prepared(*positional(signature, one))
@@ -88,6 +89,20 @@ def quantize(
                            fix="name the layer in exclude, or choose an fp32 target") from error  # fmt: skip
     arguments, _ = program.example_inputs or ((), {})
     return Quantized(export_module(converted, signature, tuple(arguments), largest), learned)
+
+
+def _tell_calls_apart(module: GraphModule) -> None:
+    """Give the nodes of a module's second call a name of their own for it, as torch.export's keys have it ("head@1").
+
+    Quantizers divide a graph by the names alone, so that both calls would be one part with two results (torch 2.13,
+    fx/passes/utils/source_matcher_utils.py).
+    """
+    for node in module.graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {
+                key: (f"{name}@{call}" if (call := key.partition("@")[2]) else name, kind)
+                for key, (name, kind) in stack.items()
+            }
 
 
 def layer_of(node: Node) -> str:

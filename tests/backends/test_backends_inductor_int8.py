@@ -124,6 +124,22 @@ def test_a_shared_weight_is_read_once_by_each(workshop: Workshop) -> None:
     assert len(nodes) == 14 and all(len(node.users) == 1 for node in nodes)
 
 
+def test_a_convolution_called_twice_is_rounded_at_both_calls(workshop: Workshop) -> None:
+    """Two calls of one convolution, with the norm and ReLU behind, must both be int8, and the numbers near eager's."""
+    program, settings = searched(workshop, "twice")
+    assert settings["int8"] == {"Conv": 3, "Linear": 1} and settings["scheme"] == "static"
+    calls = [node for node in program.graph.nodes if str(node.target).startswith("aten.conv2d")]
+    assert len(calls) == 4
+    assert all("dequantize" in str(given.target) for node in calls for given in node.args[:2])
+    assert max(losses(workshop, "twice", program)) < 1e-3
+    artifact = workshop.artifact("twice", "inductor-int8")
+    assert (artifact.settings["int8_kernels"], artifact.settings["rounded_but_fp32"]) == (5, 0)
+    with open_artifact(artifact) as runner:
+        for feeds in workshop.feeds("twice"):
+            got, wanted = runner.run(feeds)["output"], workshop.reference("twice", feeds)["output"]
+            assert cosine(got, wanted) > 0.999
+
+
 def quantized(workshop: Workshop, quantizer: Any, feeds: list[Any], encodings: Mapping[str, Encoding]) -> Any:
     need(TARGET)
     source = workshop.source("mlp")
