@@ -104,7 +104,7 @@ def test_each_class_of_error_has_its_exit_code(
         (["export", "digits"], 2, "at least one target must be named"),
         (["export", "digits", "--target", "opnvino"], 2, "did you mean 'openvino'?"),
         (["export", "digits", "--target", "TensorRT"], 2, "targets of the backend 'tensorrt': trt"),
-        (["export", "digts", "--target", "ort"], 3, "did you mean 'digits'?"),
+        (["export", "digts", "--target", "ort"], 2, "did you mean 'digits'?"),
         (["export", "weights.pt", "--target", "ort"], 3, "can run code"),
         (["export", "digits", "--target", "ort", "-o", "full"], 2, "must not exist yet"),
         (["export", "digits", "--target", "ort", "--memory-limit", "lots"], 2, "must be a size such as"),
@@ -121,6 +121,7 @@ def test_each_class_of_error_has_its_exit_code(
         (["check", "full", "--against", "full", "--seed", "-1"], 2, "0<=x<=4294967295"),
         *[(["bundle", "selftest", "full", "--timeout", value], 2, "must be a number of seconds")
           for value in ("-1", "0", "nan", "inf")],
+        (["cache", "clear", "--older-than", "-1"], 2, "must be a number of days, 0 or more"),
         (["targets", "show", "nope"], 2, "must be a shipped name"),
     ],
 )  # fmt: skip

@@ -36,7 +36,7 @@ def list_entries(as_json: bool) -> None:
 
 
 @command.command("clear")
-@click.option("--older-than", default=0.0, type=options.SECONDS_OR_NONE, metavar="DAYS",
+@click.option("--older-than", default=0.0, type=options.DAYS, metavar="DAYS",
               help="Only what was not used for so many days.")  # fmt: skip
 @options.dry_run_option
 @options.json_option

@@ -32,12 +32,13 @@ samples_option = click.option("--samples", type=click.Path(path_type=Path), defa
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg]
-    """A finite number of seconds, 0 or more."""
+    """A finite number of seconds, or of another unit of time, 0 or more."""
 
     name = "seconds"
 
-    def __init__(self, *, zero: bool):
+    def __init__(self, *, zero: bool, unit: str = "seconds"):
         self._zero = zero
+        self._unit = unit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
@@ -45,11 +46,12 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         except ValueError:
             seconds = math.nan
         if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not self._zero):
-            self.fail(f"{value!r} must be a number of seconds{'' if self._zero else ' above 0'}", param, ctx)
+            least = ", 0 or more" if self._zero else " above 0"
+            self.fail(f"{value!r} must be a number of {self._unit}{least}", param, ctx)
         return seconds
 
 
-SECONDS, SECONDS_OR_NONE = Seconds(zero=False), Seconds(zero=True)
+SECONDS, SECONDS_OR_NONE, DAYS = Seconds(zero=False), Seconds(zero=True), Seconds(zero=True, unit="days")
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]
