@@ -316,8 +316,7 @@ class Search:
             return False
         ratios = [case_log_ratios(self.rounds, self.key(trial), self.key(plain), case, self.unit)
                   for case in range(len(self.cases))]  # fmt: skip
-        found = [speedup(r, seed=self.question.seed) for r in ratios]
-        return any(one is not None and one.verdict(_TOLERATED) == "slower" for one in found)
+        return any(_surely_slower(of_case, self.question.seed) for of_case in ratios)
 
     def _near(self, near: float) -> list[Trial]:
         """Those that keep the quality and are so near to the best of them, at most as many as can be open at once."""
@@ -384,6 +383,13 @@ class Search:
     def _relative(self, key: str) -> float:
         assert self.anchor is not None
         return math.exp(-center(log_ratios(self.rounds, key, self.key(self.anchor))))
+
+
+def _surely_slower(log_ratios: Sequence[float], seed: int) -> bool:
+    """Whether the rounds show it with 95 % confidence, however much slower: what is in doubt must not be shipped as the
+    quicker one, so less evidence is wanted than for a verdict."""
+    found = speedup(log_ratios, seed=seed)
+    return found is not None and found.high < 1 and found.value < 1 / (1 + _TOLERATED)
 
 
 def _wanted(field: Sequence[Trial], plain: Trial | None) -> list[Trial]:

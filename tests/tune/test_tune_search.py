@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from planted_search import Planted, milliseconds
 
+from deploytool.bench.statistics import speedup
 from deploytool.cases import Case
 from deploytool.errors import BackendFailed, CheckFailed
 from deploytool.target import load_target
@@ -146,6 +147,20 @@ def test_slow_on_one_size_is_out(ask: Ask) -> None:
 
     _, chosen, _ = ask(times=uneven)
     assert chosen.config.profile.precision == "fp32"
+
+
+def test_how_much_slower_may_be_in_doubt() -> None:
+    """Rounds that a verdict calls undecided, being a factor of two apart, show well that all of them were slower.
+
+    The first are an int8 network's at batch 1 against the fp32 one, in two sets of processes.
+    """
+    rounds = [-0.11, -0.37, -0.23, -0.36, -0.19, -0.79, -0.88, -0.59, -0.63]
+    found = speedup(rounds, seed=0)
+    assert found is not None and found.verdict() == "undecided"
+    assert search._surely_slower(rounds, 0)
+    assert not search._surely_slower([0.11, -0.37, 0.23, -0.36, 0.19, -0.79, 0.88, -0.59, 0.63], 0)
+    assert not search._surely_slower([-0.010, -0.011, -0.012, -0.010, -0.009], 0)  # less than what is tolerated
+    assert not search._surely_slower(rounds[:3], 0)  # too few to tell
 
 
 def test_noise_on_one_size_is_no_reason(ask: Ask) -> None:
