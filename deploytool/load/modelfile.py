@@ -153,8 +153,9 @@ def _sample(ref: ModelRef, index: int, sample: Any) -> dict[str, Tensor]:
 
 
 def _missing(ref: ModelRef, error: ImportError) -> DeployError:
+    known = "pip install" in str(error)  # as the shipped models say it
     return EnvironmentLacking("DT401", f"model {ref.name!r} needs a package that is missing ({error})",
-                              fix="install it; the shipped models need `pip install 'deploytool[zoo]'`")  # fmt: skip
+                              fix="run that command" if known else "install it, where deploytool is")  # fmt: skip
 
 
 def _failed(ref: ModelRef, what: str, error: Exception) -> DeployError:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import deploytool.backends
+from deploytool import shipped
 from deploytool.backends import ort_optimizers, used_settings
 from deploytool.backends.base import BACKENDS, find_backend, load_checked_target
 from deploytool.backends.used_settings import PRECISIONS
@@ -182,6 +183,19 @@ def test_optimizers_are_those_of_the_library() -> None:
     content = library.read_bytes()
     missing = [name for name in ort_optimizers.RULES if f"\0{name}\0".encode() not in content]
     assert missing == []
+
+
+@pytest.mark.parametrize(("key", "value", "near"), [("backend", "onxruntime", "onnxruntime"), ("plain", "orrt", "ort")])
+def test_a_profile_that_names_what_there_is_not(tmp_path: Path, key: str, value: str, near: str) -> None:
+    """The file, the line, what it names and what is near must be told before anything is built."""
+    text = (shipped.find("targets", "ort-int8", ".toml") or Path()).read_text()
+    lines = [f'{key} = "{value}"' if line.startswith(f"{key} = ") else line for line in text.splitlines()]
+    (tmp_path / "mine.toml").write_text("\n".join(lines))
+    with pytest.raises(UsageProblem) as caught:
+        load_checked_target(str(tmp_path / "mine.toml"))
+    number = 1 + lines.index(f'{key} = "{value}"')
+    (told,) = caught.value.detail
+    assert told.startswith(f"{tmp_path / 'mine.toml'}:{number}: {key} ") and repr(value) in told and near in told
 
 
 def test_an_unknown_backend_is_told() -> None:
