@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from deploytool.cases import Case
-from deploytool.errors import InputRefused, nearest
+from deploytool.errors import UsageProblem, nearest
 from deploytool.signature import Outputs, Signature
 
 
 def resized(signature: Signature, feeds: Outputs, sizes: Mapping[str, int]) -> Outputs:
     """The feeds with the given free dimensions at other sizes; what is missing is repeated from the start.
 
-    Raises InputRefused for a dimension that the signature lacks, and for sizes that do not go together.
+    Raises UsageProblem for a dimension that the signature lacks, InputRefused for sizes that do not go together.
     """
     unknown = [dim for dim in sizes if dim not in signature.free]
     if unknown:
-        raise InputRefused("DT313", f"sizes are given for the model's free dimensions (got {', '.join(unknown)})",
+        raise UsageProblem("DT201", f"sizes are given for the model's free dimensions (got {', '.join(unknown)})",
                            detail=[nearest(unknown[0], signature.free)])  # fmt: skip
     taken = dict(feeds)
     for spec in signature.inputs:

@@ -24,6 +24,9 @@ def opened(path: Path) -> Iterator[dict[str, Artifact]]:
     A bundle is verified first. The files of plain folders are not: that is for whoever uses them. Raises
     InputRefused when there is nothing of the kind, or two artifacts for one target.
     """
+    if path.suffix in (".py", ".onnx") and path.is_file():
+        raise InputRefused("DT309", f"{path} must be an artifact, a folder of artifacts, or a bundle (got a model)",
+                           fix=f"build it first: deploytool export {path} --target NAME -o FOLDER")  # fmt: skip
     if path.is_file() or (path / manifests.MANIFEST).is_file():
         with unpacked(path) as folder:
             bundle = verify_bundle(folder)

@@ -83,7 +83,7 @@ def _check_samples(module: nn.Module, samples: Sequence[Sample]) -> None:
         needed = [p.name for p in parameters if p.default is p.empty and p.name in names and p.name not in first]
         if unknown or needed:
             detail = [f"unknown: {n}; {nearest(n, names)}" for n in unknown] + [f"missing: {n}" for n in needed]
-            raise InputRefused("DT303", f"samples must be named as forward()'s parameters {', '.join(names)} "
+            raise InputRefused("DT303", f"samples must be named as the parameters of forward(), {', '.join(names)} "
                                f"(got {', '.join(first) or 'none'})", detail=detail)  # fmt: skip
     for index, sample in enumerate(samples):
         if set(sample) != set(first):

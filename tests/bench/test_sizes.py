@@ -10,7 +10,7 @@ import pytest
 from deploytool.bench.sizes import resized, resized_case
 from deploytool.bench.throughput import batch_dimension
 from deploytool.cases import Case
-from deploytool.errors import InputRefused
+from deploytool.errors import InputRefused, UsageProblem
 from deploytool.signature import Signature, TensorSpec
 
 IDS = TensorSpec("ids", "int64", ("batch", "sequence"))
@@ -45,7 +45,7 @@ def test_the_nearest_case_is_taken(tmp_path: Path) -> None:
 def test_refuses_what_is_not_free(tmp_path: Path) -> None:
     """A dimension that the model does not have is refused with the nearest name."""
     Case(feeds(1, 8)).save(tmp_path / "0.npz")
-    with pytest.raises(InputRefused, match="free dimensions") as caught:
+    with pytest.raises(UsageProblem, match="free dimensions") as caught:
         resized_case(SIGNATURE, [tmp_path / "0.npz"], {"sequnce": 64}, tmp_path / "made")
     assert "did you mean 'sequence'?" in str(caught.value)
 

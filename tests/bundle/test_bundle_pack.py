@@ -264,6 +264,14 @@ def test_artifacts_are_found_wherever_they_lie(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("name", ["model.py", "model.onnx"])
+def test_a_model_is_no_artifact(name: str, tmp_path: Path) -> None:
+    """Whoever names a model where an artifact must stand is told how to build it, not that a tar is broken."""
+    (tmp_path / name).write_bytes(b"import torch")
+    with pytest.raises(InputRefused, match=rf"got a model.*\n.*export .*{name}"), opened(tmp_path / name):
+        raise AssertionError("opened")
+
+
 def test_an_artifact_that_lost_its_manifest_is_not_left_out(tmp_path: Path) -> None:
     """A folder with recorded cases and no artifact.json must be refused by name: the others would pass without it."""
     make(tmp_path / "out" / "a")

@@ -130,8 +130,11 @@ def test_samples_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(InputRefused) as caught:
             opened(path, wrong)
         assert caught.value.code == "DT303"
-    with pytest.raises(InputRefused, match="folder of such files"):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputRefused, match="folder without any"):
         opened(path, tmp_path / "none")
+    with pytest.raises(UsageProblem, match="folder of such files"):
+        opened(path, tmp_path / "missing.npz")
     with pytest.raises(UsageProblem, match="brings its own"):
         resolve("digits", wrong)
 

@@ -16,7 +16,7 @@ from deploytool.bench.decoding import summarize_decoding
 from deploytool.cases import Case, read_cases
 from deploytool.cli.main import run
 from deploytool.cli.verify import command
-from deploytool.errors import BackendFailed, InputRefused, IntegrityBroken
+from deploytool.errors import BackendFailed, InputRefused, IntegrityBroken, UsageProblem
 from deploytool.pipeline import again
 from deploytool.pipeline.again import bench_again, replay, verify_again
 from deploytool.pipeline.export import Options
@@ -218,7 +218,7 @@ def test_inputs_are_timed_at_the_sizes_that_are_asked_for(out: Path, monkeypatch
     results = [bench_again(both, sizes, how, lambda line: None) for sizes in ({"batch": 5}, {})]
     assert asked[0][0] == 5 != asked[1][0]
     assert [r["sizes"] for r in results] == [{"batch": shape[0]} for shape in asked]
-    with pytest.raises(InputRefused, match="free dimensions"):
+    with pytest.raises(UsageProblem, match="free dimensions"):
         bench_again(both, {"bach": 5}, how, lambda line: None)
 
 
