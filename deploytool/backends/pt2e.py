@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import FixedQParamsObserver
@@ -30,6 +30,10 @@ from deploytool.signature import Feeds, Signature
 _ROUND = torch.ops.quantized_decomposed.quantize_per_tensor.default
 _BACK = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _PREFIX = "module."  # of what FlatModule wraps
+# Arguments that each call of a layer must have for itself.
+_OWN = {torch.ops.aten.conv1d.default: (1, 2), torch.ops.aten.conv2d.default: (1, 2),
+        torch.ops.aten.conv_transpose1d.default: (1, 2), torch.ops.aten.conv_transpose2d.input: (1, 2),
+        torch.ops.aten.linear.default: (2,)}  # fmt: skip
 
 
 @dataclass
@@ -76,7 +80,9 @@ def quantize(
             module.graph.eliminate_dead_code()  # a quantizer that looks for layers fails at those that nothing reads
             module.recompile()
             _tell_calls_apart(module)
-            prepared = prepare_pt2e(module, _with_learned(quantizer, _by_attribute(program, encodings), learned))
+            coded = _by_attribute(program, encodings)
+            coded |= {own: coded[name] for own, name in _part_calls(module).items() if name in coded}
+            prepared = prepare_pt2e(module, _with_learned(quantizer, coded, learned))
             for one in feeds:
                 prepared(*positional(signature, one))
             converted = convert_pt2e(prepared)
@@ -103,6 +109,33 @@ def _tell_calls_apart(module: GraphModule) -> None:
                 key: (f"{name}@{call}" if (call := key.partition("@")[2]) else name, kind)
                 for key, (name, kind) in stack.items()
             }
+
+
+def _part_calls(module: GraphModule) -> dict[str, str]:
+    """Give each call of a layer a bias of its own, and a convolution's a weight too: {its name: the layer's}.
+
+    XNNPACK's quantizer passes over a convolution whose weight it has met, and its kernels refuse a bias that is scaled
+    for the input of another call. Linears' weights may be many times shared and large: they are rounded as they are.
+    """
+    seen: set[str] = set()
+    own: dict[str, str] = {}
+    for node in list(module.graph.nodes):
+        for place in (place for place in _OWN.get(node.target, ()) if place < len(node.args)):
+            given = node.args[place]
+            if not isinstance(given, Node) or given.op != "get_attr":
+                continue
+            if (name := str(given.target)) in seen:
+                owner, _, last = name.rpartition(".")
+                copied = nn.Parameter(_constant(module, given).clone(), requires_grad=False)
+                module.get_submodule(owner).register_parameter(f"{last}_{node.name}", copied)
+                with module.graph.inserting_before(node):
+                    parted = module.graph.get_attr(f"{name}_{node.name}")
+                parted.meta = dict(given.meta)
+                node.update_arg(place, parted)
+                own[str(parted.target)] = name
+            seen.add(name)
+    module.recompile()
+    return own
 
 
 def layer_of(node: Node) -> str:

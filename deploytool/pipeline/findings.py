@@ -49,7 +49,8 @@ def findings_of(target: Target, artifact: Artifact, prepared: Prepared) -> list[
 def _of_what_ran(target: Target, artifact: Artifact) -> list[str]:
     """That a precision below fp32 was asked for and nothing computes in it; weights alone need not."""
     ran = artifact.settings.get("ran") or {}
-    if artifact.precision == "fp32" or artifact.settings.get("weights_only") or "nodes_by_precision" not in ran:
+    weights_alone = artifact.settings.get("weights_only") and not artifact.settings.get("activation_group")
+    if artifact.precision == "fp32" or weights_alone or "nodes_by_precision" not in ran:
         return []
     by = "compute" if ran["compute_by_precision"] else "nodes"
     shares = ran[f"{by}_by_precision"]

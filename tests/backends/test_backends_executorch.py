@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workshop import TINY, Workshop
+from workshop import TINY, Workshop, cosine
 
 pytest.importorskip("executorch")
 import torch
@@ -163,6 +163,15 @@ def test_int8_is_measured_and_told(workshop: Workshop) -> None:
     assert ran["compute_by_precision"] == {"int8": 1.0} and ran["uncounted"] == []
     # Four images at most: 12 x 12 places of 8 filters over 3 x 9 inputs, then 10 x 10 of 4 over 8 x 9.
     assert ran["flops"] == 2 * 4 * (144 * 8 * 27 + 100 * 4 * 72)
+
+
+def test_a_convolution_called_twice_is_int8_at_both_calls(workshop: Workshop) -> None:
+    """One layer that reads two sizes must load and be near eager: XNNPACK refuses a bias with another call's scale."""
+    artifact = workshop.artifact("twice", "executorch-int8")
+    assert sum(artifact.settings["int8"].values()) == 5, artifact.settings["int8"]
+    with open_artifact(artifact) as runner:
+        for feeds in workshop.feeds("twice"):
+            assert cosine(runner.run(feeds)["output"], workshop.reference("twice", feeds)["output"]) > 0.999
 
 
 def test_excluded_layers_stay_fp32(workshop: Workshop) -> None:

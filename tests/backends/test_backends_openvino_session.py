@@ -45,6 +45,14 @@ def test_all_compile_it_alike(workshop: Workshop, monkeypatch: pytest.MonkeyPatc
         np.testing.assert_allclose(engine(feeds)[name], array, rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_compiled_is_shipped(workshop: Workshop) -> None:
+    """A compiled model fits one CPU and one release: an artifact that was built and run holds the graph alone."""
+    artifact = build_artifact(workshop.request("mlp", load_checked_target("openvino")), {})
+    with open_artifact(artifact) as run:
+        run.run(workshop.feeds("mlp")[0])
+    assert {path.suffix for path in artifact.folder.rglob("*") if path.is_file()} <= {".xml", ".bin", ".json"}
+
+
 def test_throughput_divides_the_threads(workshop: Workshop) -> None:
     """The engine itself must have taken the hint."""
     for hint in ("latency", "throughput"):

@@ -155,11 +155,12 @@ def test_symmetric_graphs_have_no_zero_points() -> None:
     assert cosine(run(result, x), run(model, x)) > 0.999
 
 
-def test_a_fused_graph_is_taken(workshop: Workshop) -> None:
+@pytest.mark.parametrize(("target", "operator"), [("ort-static-int8", "MatMul"), ("ort-int8", "MatMulInteger")])
+def test_a_fused_graph_is_taken(workshop: Workshop, target: str, operator: str) -> None:
     """A graph with operators that are not of ONNX's own must quantize: no type of a tensor is inferred."""
-    request = workshop.request("mlp", load_checked_target("ort-static-int8"))
+    request = workshop.request("mlp", load_checked_target(target))
     assert request.portable is not None
-    folder = workshop.folder / "fused"
+    folder = workshop.folder / f"fused-{target}"
     folder.mkdir()
     names = {"x": "input", "y": "output"}
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="first"),
@@ -173,7 +174,7 @@ def test_a_fused_graph_is_taken(workshop: Workshop) -> None:
     model.graph.input[0].name, model.graph.output[0].name = "input", "output"
     onnx.save(model, folder / "model.onnx")
     portable = replace(request.portable, folder=folder, files=()).save()
-    assert build_artifact(replace(request, portable=portable), {}).settings["int8"] == {"MatMul": 2}
+    assert build_artifact(replace(request, portable=portable), {}).settings["int8"] == {operator: 2}
 
 
 def test_sensitive_products_stay_fp32(workshop: Workshop) -> None:

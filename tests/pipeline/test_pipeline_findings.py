@@ -61,6 +61,7 @@ def test_fp32_and_weights_alone_may_compute_in_fp32() -> None:
     """Nothing is said of fp32 targets, nor of those that round weights alone, nor where the engine tells nothing."""
     assert said("ort", {"fp32": 1.0}) == []
     assert said("openvino-weight-int8", {"fp32": 1.0}, weights_only=True) == []
+    assert "0.0% of the" in said("openvino-dynamic-int8", {"fp32": 1.0}, weights_only=True, activation_group=64)[0]
     assert said("ort-int4", {"low-bit weights": 1.0}) == []
     assert said("fbgemm", {}, ran={"unknown": "no profiler"}) == []
 
