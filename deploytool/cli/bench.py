@@ -15,7 +15,7 @@ from deploytool.worker import Limits
 
 @click.command("bench")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--seconds", default=20.0, type=options.SECONDS, show_default=True, help="Time for timing.")
+@click.option("--seconds", default=12.0, type=options.SECONDS, show_default=True, help="Time for timing.")
 @click.option("--aa", "against_itself", is_flag=True, help="Time the artifact against itself: the machine's noise.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1, 65536),
               help="Measure throughput at this batch size instead; repeat it.")  # fmt: skip

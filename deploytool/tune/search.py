@@ -5,28 +5,30 @@
 2. Around those within reach of the best, one setting is changed at a time, and what helped is put together; not where
    one is slower than the best and loses too much as well. Then the runtime settings of the best builds, which need no
    build.
-3. Those near the best run in rounds against each other and the best plain artifact; heat after heat fewer are near.
-4. The last two are measured once more in fresh processes, and the better one of all rounds is chosen.
+3. Those near the best run in rounds against each other and the best plain artifacts; heat after heat fewer are near.
+4. The last two are measured once more in fresh processes, and the best of all rounds is chosen: a plain one where it is
+   as quick, and none that is slower than the quickest plain one of a bucket.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploytool.bench.statistics import center, speedup
+from deploytool.bench.statistics import center
 from deploytool.errors import CheckFailed, DeployError
 from deploytool.storage import sha256_file
+from deploytool.tune.choice import TOLERATED, Standings
 from deploytool.tune.engine import Engine, Nowhere
 from deploytool.tune.space import Config, build_choices, everything, runtime_choices
 from deploytool.tune.station import machine
 from deploytool.tune.store import Store, digest
-from deploytool.tune.track import Entrant, case_log_ratios, log_ratios, per_case, short
-from deploytool.tune.trial import Question, Trial, distinct, family_of, size_of, value_of
+from deploytool.tune.track import Entrant, log_ratios, per_case, short
+from deploytool.tune.trial import Question, Trial, distinct, family_of, few_of_each, size_of, value_of
 from deploytool.tune.workshop import Workshop
 
 _REACH = math.log(1.35)  # a target this much slower than the best is not varied: no setting makes up for so much
@@ -36,8 +38,8 @@ _HEATS = (3, 4, 6, 8)  # rounds of each heat
 _NEAR = tuple(math.log(x) for x in (1.15, 1.08, 1.05, 1.03))  # how near to the best who takes part in it must be
 _FINAL_ROUNDS = 8
 _LIFE = 3  # rounds of a heat that processes live, where runs are short; in the final it is one
-_TOLERATED = 0.02  # how much slower than the best plain artifact a bucket may look before the configuration is out
 _MOST_ENTRANTS, _MOST_FINALISTS = 6, 2
+_MOST_OF_A_FAMILY = 2  # in a heat: they differ in a setting, and so little in speed that any of the best will do
 _BUILDS_TO_VARY = 2
 _FAMILY_NEAR = math.log(1.10)  # a target whose best is this much slower after one step is left alone
 _STEPS = 2  # of putting together what helped
@@ -244,11 +246,11 @@ class Search:
         Settings trade quality for time: what mends the quality does not make it quicker as well.
         """
         behind = value_of(own) - value_of(best)
-        return behind > reach or (behind > _TOLERATED and not self.fit(own))
+        return behind > reach or (behind > TOLERATED and not self.fit(own))
 
     def _next(self, base: Trial, best: Trial) -> list[Config]:
         """What to try next in a family: each change alone first, then those that helped on top of its best."""
-        came_to = base.product.artifact.settings if base.product else {}
+        came_to = _came_to(base)
         choices = [(key, value) for key, value in build_choices(base.config.profile, self.question.objective)
                    if came_to.get(key.removeprefix("build.")) != value] + self._layers(base)  # fmt: skip
         singles = [base.config.with_change(key, value) for key, value in choices]
@@ -266,7 +268,7 @@ class Search:
         """How many layers to keep in fp32 beside the profile's own choice and none: more of them, or half as many."""
         if base.config.profile.build.get("mixed") == "measured":
             return []  # which counts by itself
-        count = len(base.product.artifact.settings.get("kept_fp32") or ()) if base.product else 0
+        count = _came_to(base).get("keep_fp32", 0)
         none = self.trials.get(base.config.with_change("build.keep_fp32", 0).name)
         if count and base.reason is not None:
             return [("build.keep_fp32", 2 * count)]
@@ -292,7 +294,7 @@ class Search:
     # -- measured truth
 
     def _finals(self) -> Trial | None:
-        """Rounds of those near the best with the best plain one, then the last of them again in fresh processes.
+        """Rounds of those near the best with the best plain ones, then the last of them again in fresh processes.
 
         Who looks best after a short race was lucky too: those who are near the best as it looks after a heat take part
         in the next one.
@@ -301,22 +303,14 @@ class Search:
             field = self._near(near)
             if len(field) < 2 or self.spent > self.question.budget_seconds:
                 break  # nobody is left to beat the best: the final is its last word
-            self.heat(f"heat {number + 1}", [*field, *_wanted(field, self._plain())], count)
-        last = self._near(_NEAR[-1])[:_MOST_FINALISTS]
-        entrants = [*last, *_wanted(last, self._plain())]
+            self.heat(f"heat {number + 1}", self._beside_plains(field), count)
+        entrants = self._beside_plains(self._near(_NEAR[-1])[:_MOST_FINALISTS])
         self.engine.clear()
         self.heat("final", entrants, _FINAL_ROUNDS)
-        plain = self._plain()  # after these rounds it may be another one than before
-        left = [t for t in entrants if not self._loses_somewhere(t, plain)]
-        return min([*left, *_wanted(left, plain)], key=value_of, default=None)
+        return self._standings().choice(entrants, self._plains(entrants))
 
-    def _loses_somewhere(self, trial: Trial, plain: Trial | None) -> bool:
-        """Whether it is surely slower than the plain artifact in a bucket: what is best on average must not be."""
-        if plain is None or plain is trial:
-            return False
-        ratios = [case_log_ratios(self.rounds, self.key(trial), self.key(plain), case, self.unit)
-                  for case in range(len(self.cases))]  # fmt: skip
-        return any(_surely_slower(of_case, self.question.seed) for of_case in ratios)
+    def _beside_plains(self, field: Sequence[Trial]) -> list[Trial]:
+        return distinct([*field, *self._plains(self.trials.values())], self.key)
 
     def _near(self, near: float) -> list[Trial]:
         """Those that keep the quality and are so near to the best of them, at most as many as can be open at once."""
@@ -324,10 +318,21 @@ class Search:
         if best is None:
             return []
         close = distinct([t for t in self.valued() if value_of(t) - value_of(best) <= near], self.key)
-        return [t for t, fits in zip(close, self.engine.map(self.fit, close), strict=True) if fits][:_MOST_ENTRANTS]
+        fit = [t for t, fits in zip(close, self.engine.map(self.fit, close), strict=True) if fits]
+        return few_of_each(fit, _MOST_OF_A_FAMILY)[:_MOST_ENTRANTS]
 
-    def _plain(self) -> Trial | None:
-        return self.best(lambda trial: trial.config.profile.precision == "fp32")
+    def _plains(self, among: Collection[Trial]) -> list[Trial]:
+        """The best unquantized artifact of the model itself on average, then that of each bucket; none fits: []."""
+        plain = [t for t in self.valued()
+                 if t in among and t.config.profile.precision == "fp32" and t.config.recipe is None]  # fmt: skip
+        if self.anchor is None or not any(self.fit(t) for t in plain):
+            return []
+        standings, orders = self._standings(), [plain]
+        orders += [standings.quickest(plain, self.anchor, bucket) for bucket in range(len(self.cases))]
+        return [next(t for t in order if self.fit(t)) for order in orders]
+
+    def _standings(self) -> Standings:
+        return Standings(self.rounds, self.key, len(self.cases), self.unit, self.question.seed)
 
     def heat(self, kind: str, entrants: Sequence[Trial], count: int) -> None:
         """So many rounds of the entrants and the anchor, after which each has a new value."""
@@ -385,12 +390,8 @@ class Search:
         return math.exp(-center(log_ratios(self.rounds, key, self.key(self.anchor))))
 
 
-def _surely_slower(log_ratios: Sequence[float], seed: int) -> bool:
-    """Whether the rounds show it with 95 % confidence, however much slower: what is in doubt must not be shipped as the
-    quicker one, so less evidence is wanted than for a verdict."""
-    found = speedup(log_ratios, seed=seed)
-    return found is not None and found.high < 1 and found.value < 1 / (1 + _TOLERATED)
-
-
-def _wanted(field: Sequence[Trial], plain: Trial | None) -> list[Trial]:
-    return [plain] if plain is not None and plain not in field else []
+def _came_to(trial: Trial) -> dict[str, Any]:
+    """The build settings that a product came to, those which its profile leaves to the build among them."""
+    told = trial.product.artifact.settings if trial.product else {}
+    kept = {"keep_fp32": len(told["kept_fp32"] or ())} if "kept_fp32" in told else {}
+    return {**told, **kept}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,3 +63,13 @@ def family_of(config: Config) -> tuple[str, Path | None]:
 def distinct(trials: Sequence[Trial], key: Callable[[Trial], str]) -> list[Trial]:
     """The trials without those that are the very same files and settings as an earlier one."""
     return list({key(trial): trial for trial in reversed(trials)}.values())[::-1]
+
+
+def few_of_each(trials: Iterable[Trial], most: int) -> list[Trial]:
+    """The trials, in their order, with at most so many variations of one target."""
+    seen: Counter[tuple[str, Path | None]] = Counter()
+    few = []
+    for trial in trials:
+        seen[family_of(trial.config)] += 1
+        few += [trial] if seen[family_of(trial.config)] <= most else []
+    return few

@@ -17,6 +17,7 @@ from deploytool.tune.track import Entrant
 from deploytool.tune.workshop import Product
 
 SIGNATURE = Signature((TensorSpec("x", "float32", (1,)),), (TensorSpec("y", "float32", (1,)),))
+KEPT = ["a", "b"]  # what every int8 build leaves in fp32
 PARITY = {"cases": 1, "outputs": {"y": {"cosine": 1.0}}}
 
 
@@ -89,7 +90,7 @@ class Planted:
             raise self.fails[build]
         if build not in self.built:
             self.built.append(build)
-        kept = {"kept_fp32": ["a", "b"], "scheme": "unsmoothed"} if config.profile.precision == "int8" else {}
+        kept = {"kept_fp32": KEPT, "scheme": "unsmoothed"} if config.profile.precision == "int8" else {}
         told = {"ms": [self.times(config, 0), self.times(config, 1)], "lean": config.profile.backend == "torchscript"}
         artifact = Artifact(self.folder, "planted", "onnx", "m", config.profile.precision, SIGNATURE,
                             settings={**kept, **told})  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planted_search
 import pytest
 from planted_search import Planted, milliseconds
 
@@ -15,6 +16,7 @@ from deploytool.cases import Case
 from deploytool.errors import BackendFailed, CheckFailed
 from deploytool.target import load_target
 from deploytool.tune import search, space
+from deploytool.tune.choice import surely_slower
 from deploytool.tune.search import Search
 from deploytool.tune.space import Config, bases, everything
 from deploytool.tune.store import Store
@@ -98,11 +100,15 @@ def test_what_is_slower_and_worse_is_left_alone(ask: Ask) -> None:
     assert sum(name.startswith("ort-int8 ") for name in planted.built) > 1
 
 
-def test_what_a_build_came_to_by_itself_is_not_built_again(ask: Ask) -> None:
+def test_what_a_build_came_to_by_itself_is_not_built_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the profile leaves a choice to the build, the one that it made is not tried as a change."""
     _, _, planted = ask()
     assert "openvino-int8 build.scheme=transformer" in planted.built
     assert "openvino-int8 build.scheme=unsmoothed" not in planted.built
+    assert "ort-int8 build.keep_fp32=0" in planted.built
+    monkeypatch.setattr(planted_search, "KEPT", [])  # all layers are int8 already
+    _, _, planted = ask(seed=1)
+    assert not [name for name in planted.built if "keep_fp32=0" in name]
 
 
 def test_a_clear_winner_runs_no_heats(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +121,8 @@ def test_a_clear_winner_runs_no_heats(ask: Ask, monkeypatch: pytest.MonkeyPatch)
         right(self, kind, entrants, count)
 
     monkeypatch.setattr(Search, "heat", heat)
-    assert ask(times=lambda c, case: 1.0 if c.name == "openvino-int8" else 10.0)[1].config.name == "openvino-int8"
+    times = {"openvino-int8": 1.0, "ort": 10.0}
+    assert ask(times=lambda c, case: times.get(c.name, 12.0))[1].config.name == "openvino-int8"
     assert heats == [("final", 2)]
 
 
@@ -157,10 +164,10 @@ def test_how_much_slower_may_be_in_doubt() -> None:
     rounds = [-0.11, -0.37, -0.23, -0.36, -0.19, -0.79, -0.88, -0.59, -0.63]
     found = speedup(rounds, seed=0)
     assert found is not None and found.verdict() == "undecided"
-    assert search._surely_slower(rounds, 0)
-    assert not search._surely_slower([0.11, -0.37, 0.23, -0.36, 0.19, -0.79, 0.88, -0.59, 0.63], 0)
-    assert not search._surely_slower([-0.010, -0.011, -0.012, -0.010, -0.009], 0)  # less than what is tolerated
-    assert not search._surely_slower(rounds[:3], 0)  # too few to tell
+    assert surely_slower(rounds, 0)
+    assert not surely_slower([0.11, -0.37, 0.23, -0.36, 0.19, -0.79, 0.88, -0.59, 0.63], 0)
+    assert not surely_slower([-0.010, -0.011, -0.012, -0.010, -0.009], 0)  # less than what is tolerated
+    assert not surely_slower(rounds[:3], 0)  # too few to tell
 
 
 def test_noise_on_one_size_is_no_reason(ask: Ask) -> None:
@@ -174,18 +181,48 @@ def test_noise_on_one_size_is_no_reason(ask: Ask) -> None:
     assert ask(times=even, noise=0.1)[1].config.name == "openvino-int8"
 
 
-def test_another_plain_one_at_the_end(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the final rounds make another plain artifact the best, and all finalists lose to it, that one is chosen."""
-    monkeypatch.setattr(Search, "_loses_somewhere", lambda self, trial, plain: trial is not plain)
-    right = Search._plain
+@pytest.mark.parametrize("seed", range(3))
+def test_each_size_has_its_own_plain_one(ask: Ask, seed: int) -> None:
+    """An int8 one that beats the best plain one on average, and loses to another plain one at one size, is out.
 
-    def plain(self: Search) -> Any:
-        slow = next(t for t in self.valued() if t.config.profile.name == "torchscript" and self.fit(t))
-        return slow if next(at_the_end) else right(self)
+    Where nothing near the best is left then, it is as good as the best plain one on average, which loses there too.
+    """
 
-    at_the_end = iter([False] * 5 + [True])  # four heats and the final ask before
-    monkeypatch.setattr(Search, "_plain", plain)
-    assert ask()[1].config.profile.name == "torchscript"
+    def taking(config: Config, case: int) -> float:
+        name = config.name if config.profile.precision == "int8" else config.profile.name
+        return times.get(name, (90.0, 90.0))[case]
+
+    times = {"ort": (10.0, 30.0), "openvino": (16.0, 16.0), "openvino-int8": (11.9, 9.0), "ort-int8": (9.9, 11.1)}
+    assert ask(times=taking, seed=seed)[1].config.name == "ort-int8"
+    del times["ort-int8"]
+    assert ask(times=taking, seed=seed + 10)[1].config.name == "openvino-int8"
+
+
+def test_as_quick_is_not_enough(ask: Ask) -> None:
+    """Where int8 gains less than what counts as equal, the plain one is chosen: it loses nothing."""
+
+    def alike(config: Config, case: int) -> float:
+        return {"ort": 10.0, "ort-int8": gained}.get(config.name, 30.0)
+
+    gained = 9.9
+    assert ask(times=alike, noise=0.002)[1].config.name == "ort"
+    gained = 9.6
+    assert ask(times=alike, noise=0.002, seed=1)[1].config.name == "ort-int8"
+
+
+def test_a_heat_has_few_variations_of_one_target(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all settings of a target come to the same, two of them run on; other targets keep their places."""
+    heats: list[list[str]] = []
+    right = Search.heat
+
+    def heat(self: Search, kind: str, entrants: Any, count: int) -> None:
+        heats.append([t.config.profile.name for t in entrants])
+        right(self, kind, entrants, count)
+
+    monkeypatch.setattr(Search, "heat", heat)
+    same = {"openvino-int8": 10.0, "ort-int8": 10.2, "ort": 10.4}
+    ask(times=lambda c, case: 30.0 if "runtime" in str(c.changes) else same.get(c.profile.name, 30.0))
+    assert heats[0].count("openvino-int8") == 2 and {"ort-int8", "ort"} <= set(heats[0])
 
 
 def test_a_second_run_measures_nothing(ask: Ask) -> None:
