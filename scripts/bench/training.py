@@ -12,6 +12,7 @@ python scripts/bench/training.py memory     resident memory over 10,000 steps, a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -46,6 +47,7 @@ from deploytool.train.schedule import Schedule
 
 HERE = Path(__file__).parent
 LM = HERE / "training_lm.py"
+KILLED_STEPS = 600
 Feeds = dict[str, np.ndarray]
 
 
@@ -158,36 +160,42 @@ def _in_turns(runs: dict[str, Callable[[Feeds], object]], feeds: Feeds) -> dict[
     return {**{name: statistics.median(took) for name, took in times.items()}, "speedup": statistics.median(ratios)}
 
 
-def _digits(folder: Path | None, steps: int, pause: float = 0.0) -> str:
-    """Train the digits model for some steps and give the hash of its weights."""
+def _digits(folder: Path | None, steps: int, pause: float = 0.0, begun: Callable[[], object] | None = None) -> str:
+    """Train the digits model for some steps and give the hash of its weights; `begun` is called after two of them."""
     source = open_source(resolve("digits"))
     assert source.train_batches is not None and source.loss is not None
     own, batches = source.loss, source.train_batches
+    calls = itertools.count()
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if next(calls) == 2 and begun is not None:
+            begun()
         time.sleep(pause)
         return own(source.module(image=batch["image"]), batch)
 
-    fit(source.module, lambda epoch: batches(epoch=epoch), loss, Schedule(9, 1e-3, steps=steps),  # type: ignore[call-arg, arg-type]
+    fit(source.module, lambda epoch: batches(epoch=epoch), loss, Schedule(99, 1e-3, steps=steps),  # type: ignore[call-arg, arg-type]
         saving=None if folder is None else Saving(folder, 2))  # fmt: skip
     return sha256(source.module.state_dict())
 
 
 def killed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each time the process is killed a random moment after its first checkpoint of this life."""
-    moments, kills = random.Random(0), 0
+    """Each life ends a random moment after its first checkpoint; `reached`: the steps that were kept then."""
+    moments, reached = random.Random(0), []
     with tempfile.TemporaryDirectory() as folder:
-        quiet = _digits(None, 80)
+        quiet = _digits(None, KILLED_STEPS)
         while True:
             child = subprocess.Popen([sys.executable, __file__, "child", folder], stdout=subprocess.PIPE, text=True)
-            assert child.stdout is not None and child.stdout.readline() == "ready\n"
-            if kills < 20:
-                time.sleep(moments.uniform(0.0, 0.4))
+            assert child.stdout is not None and child.stdout.readline() == "training\n"
+            if len(reached) < 20:
+                time.sleep(moments.uniform(0.0, 1.0))
                 child.send_signal(signal.SIGKILL)
             said = child.communicate()[0].split()
             if child.returncode == 0:
-                return {"kills": kills, "same": said == [quiet], "sha256": quiet}
-            kills += 1
+                return {"kills": len(reached), "reached": reached, "steps": KILLED_STEPS, "same": said == [quiet],
+                        "sha256": quiet}  # fmt: skip
+            names = sorted(path.stem for path in Path(folder).glob("step-*.safetensors"))
+            reached.append(int(names[-1].removeprefix("step-")) if names else 0)
+            say(f"killed after step {reached[-1]}")
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -232,8 +240,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if arguments.part == "child":
-        print("ready", flush=True)
-        print(_digits(arguments.folder, 80, 0.01), flush=True)
+        print(_digits(arguments.folder, KILLED_STEPS, 0.01, lambda: print("training", flush=True)), flush=True)
         return
     print(json.dumps({arguments.part: parts[arguments.part](arguments)}, indent=2))
 

@@ -1,4 +1,4 @@
-"""The compress command started by torchrun: two processes, one folder, one voice."""
+"""The compress command started by torchrun and by accelerate: two processes, one folder, one voice."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from deploytool.compress.recipe import parse_recipe
@@ -27,15 +28,23 @@ every_steps = 2
 """
 
 
-def test_two_processes_write_what_one_does(tiny_ref: ModelRef, tmp_path: Path) -> None:
-    """torchrun with two processes must write one folder with the weights of one process and the doubled batch, keep
-    checkpoints, and print one report."""
+STARTERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "deploytool"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "deploytool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_two_processes_write_what_one_does(starter: str, tiny_ref: ModelRef, tmp_path: Path) -> None:
+    """Two processes must write one folder with the weights of one process and the doubled batch, keep checkpoints, and
+    print one report, whoever starts them."""
     recipe = tmp_path / "two.toml"
     recipe.write_text(RECIPE.format(more=""))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "deploytool",
-         "compress", tiny_ref.path, "--recipe", str(recipe), "-o", "out", "--json", "-q"],
+        [sys.executable, "-m", *STARTERS[starter], "compress", tiny_ref.path, "--recipe", str(recipe), "-o", "out",
+         "--json", "-q"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     report = json.loads(done.stdout)

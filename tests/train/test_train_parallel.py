@@ -1,4 +1,4 @@
-"""Two gloo processes that torchrun starts: every way of sharing must train as one process does."""
+"""Two or four gloo processes that torchrun starts: every way of sharing must train as one process does."""
 
 from __future__ import annotations
 
@@ -69,9 +69,14 @@ def train(mode: Parallel, accumulate: int, saving: Saving | None = None) -> dict
     return {**weights, "losses": torch.tensor(trained.losses), "resumed_from": torch.tensor(trained.resumed_from)}
 
 
-def _two_processes(folder: Path) -> None:
-    """What each of the two processes runs."""
+def _together(folder: Path) -> None:
+    """What each of the processes runs."""
     torch.set_num_threads(1)
+    if os.environ["WORLD_SIZE"] == "4":
+        results = {"sharded+tensor": train("sharded+tensor", 1)}
+        if first_process():
+            torch.save(results, folder / "results.pt")
+        return
     results = {mode: train(cast(Parallel, mode), accumulate) for mode, accumulate in MODES.items()}
     kept = Saving(folder / "kept", 5)
     train("sharded", 1, kept)
@@ -85,11 +90,15 @@ def _two_processes(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("parallel")
+    """By way of sharing, what two processes trained, and four where groups of two share layers."""
+    found: dict[str, dict[str, Tensor]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-                    __file__, str(folder)], check=True, env=environment, timeout=90)  # fmt: skip
-    return cast(dict[str, dict[str, Tensor]], torch.load(folder / "results.pt"))
+    for processes in ("2", "4"):
+        folder = tmp_path_factory.mktemp("parallel")
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone",
+                        __file__, str(folder)], check=True, env=environment, timeout=180)  # fmt: skip
+        found |= torch.load(folder / "results.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +106,10 @@ def alone() -> dict[str, Tensor]:
     return train("data", 2)
 
 
-@pytest.mark.parametrize("mode", [*MODES, "resumed"])
-def test_two_processes_train_as_one(mode: str, results: dict[str, dict[str, Tensor]], alone: dict[str, Tensor]) -> None:
-    """Weights and losses of two processes must equal those of one with the doubled batch to 1e-4, dropout included;
-    sharded training that is resumed too."""
+@pytest.mark.parametrize("mode", [*MODES, "resumed", "sharded+tensor"])
+def test_processes_train_as_one(mode: str, results: dict[str, dict[str, Tensor]], alone: dict[str, Tensor]) -> None:
+    """Weights and losses of several processes must equal those of one with the doubled batch to 1e-4, dropout
+    included; sharded training that is resumed too."""
     for name, value in alone.items():
         if name != "resumed_from":
             torch.testing.assert_close(results[mode][name], value, atol=1e-5 if mode == "data" else 1e-4, rtol=0)
@@ -128,12 +137,12 @@ def test_groups_must_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         join("sharded+tensor")
 
 
-if __name__ == "__main__":
-    _two_processes(Path(sys.argv[1]))
-
-
 def test_a_missing_package_is_told_with_its_extra() -> None:
     """Training without accelerate must end as a lack of the environment, and name what installs it."""
     code = "import sys; sys.modules['accelerate'] = None; import deploytool.train.parallel"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "EnvironmentLacking" in done.stderr and "pip install 'deploytool[train]'" in done.stderr
+
+
+if __name__ == "__main__":
+    _together(Path(sys.argv[1]))
