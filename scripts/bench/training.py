@@ -7,6 +7,7 @@ python scripts/bench/training.py half       half the blocks of digits, or with -
                                             eager and ONNX Runtime
 python scripts/bench/training.py killed     SIGKILL at 20 random moments, then the weights of a quiet run?
 python scripts/bench/training.py memory     resident memory over 10,000 steps, and what gradient checkpointing saves
+python scripts/bench/training.py precision  accuracy of digits, trained from random weights in fp32, bf16 and fp16
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from torch import nn
 
 from deploytool.backends.onnxruntime import open_session
 from deploytool.compress.recipe import parse_recipe
-from deploytool.compress.run import compress
+from deploytool.compress.run import compress, measure
 from deploytool.load.compressed import save_compressed
 from deploytool.load.model import open_source
+from deploytool.load.modelfile import read_model_file
 from deploytool.load.resolve import resolve
 from deploytool.lower.onnx import lower_onnx
 from deploytool.pipeline.export import Options, export, make_plan
@@ -77,6 +79,7 @@ def tsld(arguments: argparse.Namespace) -> dict[str, Any]:
                 "exclude": ["head"], "epochs": 9, "steps": arguments.steps, "learning_rate": 0.001}  # fmt: skip
         losses: dict[str, dict[str, Any]] = {
             "logit": {"towards": "original", "match": "kl", "temperature": 1.0},
+            "logit and labels": {"towards": "both", "match": "kl", "temperature": 1.0},
             "tsld": {"towards": "both", "match": "tsld", "token_temperature": 10.0},
         }
         found: dict[str, list[float]] = {name: [] for name in losses}
@@ -226,9 +229,29 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"resident_bytes": resident, "kept_for_backward_bytes": kept}
 
 
+def precision(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of each seed and milliseconds of a step, by the precision of the products."""
+    code = read_model_file(resolve("digits")).code
+    found: dict[str, Any] = {kind: {"accuracy": [], "ms_per_step": []} for kind in ("fp32", "bf16", "fp16")}
+    for seed in arguments.seeds:
+        torch.manual_seed(seed)
+        weights = code.DigitTransformer().state_dict()
+        for kind, told in found.items():
+            source = open_source(resolve("digits"))
+            source.module.load_state_dict(weights)
+            done = fit(source.module, lambda epoch: code.train_batches(epoch),
+                       lambda batch, source=source: code.loss(source.module(image=batch["image"]), batch),  # type: ignore[misc]
+                       Schedule(30, 1e-3, warmup_steps=20, seed=seed, precision=kind))  # type: ignore[arg-type] # fmt: skip
+            told["accuracy"].append(measure(source, evaluate=True)["metrics"]["accuracy"])
+            told["ms_per_step"].append(1e3 * done.seconds / len(done.losses))
+            say(f"{kind} seed {seed}: {told['accuracy'][-1]:.4f}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"tsld": tsld, "qat": qat, "half": half, "killed": killed, "memory": memory}
+    parts = {"tsld": tsld, "qat": qat, "half": half, "killed": killed, "memory": memory,
+             "precision": precision}  # fmt: skip
     parser.add_argument("part", choices=[*parts, "child"])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--targets", nargs="+", default=["ort-int8", "openvino-int8", "fbgemm"], help="of qat")
