@@ -17,8 +17,8 @@ from deploytool.processor import processor
 
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8",
           "asimd", "asimddp", "i8mm", "bf16", "sve")  # fmt: skip
-_PACKAGES = ("deploytool", "numpy", "torch", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt-rtx-cu13", "torchao",
-             "executorch", "transformers")  # fmt: skip
+_PACKAGES = ("deploytool", "numpy", "torch", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt-rtx-cu13",
+             "torchao", "executorch", "transformers")  # fmt: skip
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 

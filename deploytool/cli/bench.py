@@ -82,7 +82,8 @@ def _peaks_text(peaks: dict[str, float]) -> str:
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
-    lines = [f"{result['artifact']}: p50 {result['p50_ms']:.3f} ms over {result['runs']} runs"]
+    times = ", ".join(f"{label} {result[f'{label}_ms']:.3f} ms" for label in ("p50", "p90", "p99"))
+    lines = [f"{result['artifact']}: {times} over {result['runs']} runs"]
     for name, other in result["against"].items():
         ratio = "no ratio" if other["speedup"] is None else speedup_text(other)
         p50 = "-" if other["p50_ms"] is None else f"{other['p50_ms']:.3f} ms"

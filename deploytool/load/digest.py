@@ -1,4 +1,4 @@
-"""A digest by which two loadings of a model are told to have the same weights."""
+"""What is told of a loaded model's weights: a digest by which two loadings are compared, and their size."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def weights_digest(module: nn.Module) -> str:
         if not tensor.is_quantized:
             digest.update(tensor.detach().flatten()[:_ELEMENTS].double().numpy().tobytes())
     return digest.hexdigest()
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers; what is shared counts once."""
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in module.state_dict().values() if not t.is_quantized}  # fmt: skip
+    return sum(held.values())

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,11 +32,12 @@ from deploytool.storage import write_json
 NOISE = "noise.json"
 _SHUFFLES = 2
 _CASES = 16
-_LARGEST_PARAMETERS = 60_000_000  # a copy in double precision of more would take half a gigabyte
+_SHARE_OF_MEMORY = 0.5  # of what is free, which a copy in another precision may take
 _SUMMING = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
 
 Changed = Callable[[nn.Module, Tensor], Tensor]
+Modules = Generator[nn.Module, None, None]
 
 
 def noise_job(ref: Mapping[str, str], prepared: str) -> dict[str, Any]:
@@ -50,7 +53,9 @@ def noise_job(ref: Mapping[str, str], prepared: str) -> dict[str, Any]:
             skipped[figure] = measure
             continue
         try:
-            for name, error in _errors(source, measure(), folder / "cases").items():
+            with closing(measure()) as modules:
+                found_here = _errors(source, modules, folder / "cases")
+            for name, error in found_here.items():
                 found[name][figure] = max(error, found[name].get(figure, 0.0))
         except Exception as error:  # the user's module in another precision may raise anything
             skipped[figure] = f"the module does not run so: {type(error).__name__}: {str(error)[:200]}"
@@ -59,23 +64,27 @@ def noise_job(ref: Mapping[str, str], prepared: str) -> dict[str, Any]:
     return result
 
 
-def _measures(source: Source) -> dict[str, Callable[[], list[nn.Module]] | str]:
-    """By figure what makes the changed modules, or why there are none."""
-    parameters = sum(p.numel() for p in source.module.parameters())
-    if parameters > _LARGEST_PARAMETERS:
-        why = f"{parameters} parameters are more than {_LARGEST_PARAMETERS}"
-        return dict.fromkeys(("fp64", "shuffled", "fp16", "int8"), why)
-    recurrent = any(isinstance(module, _RECURRENT) for module in source.module.modules())
+def _measures(source: Source) -> dict[str, Callable[[], Modules] | str]:
+    """By figure what gives the changed modules, one after the other, or why there are none."""
+    module = source.flat
+    recurrent = any(isinstance(layer, _RECURRENT) for layer in source.module.modules())
     return {
-        "fp64": lambda: [copy.deepcopy(source.flat).double()],
-        "shuffled": lambda: [_with(source.flat, _shuffled(seed)) for seed in range(_SHUFFLES)],
-        "fp16": lambda: [_rounded_to_half(source.flat)],
+        "fp64": _too_large(module, 8) or (lambda: _in_double(module)),
+        "shuffled": lambda: _hooked(module, [_shuffled(seed) for seed in range(_SHUFFLES)]),
+        "fp16": _too_large(module, 4) or (lambda: _rounded_to_half(module)),
         "int8": "recurrent and fused attention layers are not simulated" if recurrent
-                else lambda: [_with(source.flat, _int8)],
+                else lambda: _hooked(module, [_int8]),
     }  # fmt: skip
 
 
-def _errors(source: Source, modules: list[nn.Module], cases: Path) -> dict[str, float]:
+def _too_large(module: nn.Module, bytes_each: int) -> str:
+    """Why there is no copy of the parameters in so many bytes each, or nothing."""
+    size, free = bytes_each * sum(p.numel() for p in module.parameters()), psutil.virtual_memory().available
+    fits = size <= _SHARE_OF_MEMORY * free
+    return "" if fits else f"a copy takes {size / 1e6:.0f} MB, and {free / 1e6:.0f} MB of memory are free"
+
+
+def _errors(source: Source, modules: Iterable[nn.Module], cases: Path) -> dict[str, float]:
     names = source.signature.output_names
     batched = {spec.name: bool(spec.shape) and spec.shape[0] == "batch" for spec in source.signature.outputs}
     differences = {name: Difference(name, batched[name]) for name in names}
@@ -95,16 +104,27 @@ def _run(module: nn.Module, source: Source, inputs: Outputs) -> Outputs:
     return {name: tensor.numpy() for name, tensor in zip(source.signature.output_names, results, strict=True)}
 
 
-def _with(module: nn.Module, changed: Changed) -> nn.Module:
-    """A copy whose summing layers give what `changed` makes of their input."""
-    result = copy.deepcopy(module)
-    for layer in result.modules():
-        if type(layer) in _SUMMING and getattr(layer, "groups", 1) == 1:
-            layer.register_forward_hook(
-                lambda owner, given, named, output: changed(owner, given[0] if given else named["input"]),
-                with_kwargs=True,
-            )
-    return result
+def _in_double(module: nn.Module) -> Modules:
+    yield copy.deepcopy(module).double()
+
+
+def _hooked(module: nn.Module, changes: Iterable[Changed]) -> Modules:
+    """The module once for each change, its summing layers giving what `changed` makes of their input meanwhile."""
+    for changed in changes:
+        handles = [
+            layer.register_forward_hook(_replacing(changed), with_kwargs=True)
+            for layer in module.modules()
+            if type(layer) in _SUMMING and getattr(layer, "groups", 1) == 1
+        ]
+        try:
+            yield module
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _replacing(changed: Changed) -> Callable[..., Tensor]:
+    return lambda owner, given, named, output: changed(owner, given[0] if given else named["input"])
 
 
 def _apply(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -133,14 +153,14 @@ def _int8(layer: nn.Module, x: Tensor) -> Tensor:
     return _apply(layer, torch.round(x / scale) * scale, torch.round(weight / step) * step)
 
 
-def _rounded_to_half(module: nn.Module) -> nn.Module:
+def _rounded_to_half(module: nn.Module) -> Modules:
     result = copy.deepcopy(module)
     for parameter in result.parameters():
         parameter.data = _half(parameter.data)
     for layer in result.modules():
         if not list(layer.children()):
             layer.register_forward_hook(lambda owner, given, output: _half(output))
-    return result
+    yield result
 
 
 def _half(value: Any) -> Any:

@@ -30,7 +30,7 @@ from deploytool.artifact import Artifact
 from deploytool.cases import Case
 from deploytool.encoding import ENCODINGS
 from deploytool.errors import InputRefused
-from deploytool.load.digest import weights_digest
+from deploytool.load.digest import weight_bytes, weights_digest
 from deploytool.load.infer import refused_size
 from deploytool.load.model import open_source
 from deploytool.load.track import tracking
@@ -77,6 +77,7 @@ def prepare_job(ref: Mapping[str, str], out: str, exporter: Exporter | None, see
         "synthetic": source.synthetic,
         "notes": list(source.notes),
         "weights": weights,
+        "weight_bytes": weight_bytes(source.module),
         "shapes": shapes(source.signature, feeds),
         "cases": len(feeds),
         "lower_is_better": list(source.lower_is_better),

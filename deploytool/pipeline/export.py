@@ -145,6 +145,7 @@ def export(plan: Plan, options: Options, say: Say, ahead: Ahead | None = None) -
             results += failed
             graph = prepared.folder / "onnx"
             size = sum(path.stat().st_size for path in graph.iterdir()) if graph.is_dir() else 0
+            size = max(size, prepared.info["weight_bytes"])  # of a model file neither is known before
             refuse_impossible(needs(size, targets, False), options.out, options.limits)
             reference = Reference(plan.model, prepared, work, options.limits, options.seed, ahead)
             if reference.is_compressed and options.bench_seconds and any(t.backend != "eager" for t in targets):

@@ -44,6 +44,8 @@ def speed_of(
     if decodes(artifact.signature):
         speed["decoding"] = measure_decoding({"": artifact, **others}, limits, seed=seed)
         findings.append(told(speed["decoding"]))
+    if target.plain is None and target.precision != "fp32":
+        findings.append(f"whether {target.precision} is faster than fp32 was not measured: the profile has no `plain`")
     if target.plain is not None and against[target.plain]["verdict"] != "faster":
         findings.append(against_plain(target, against[target.plain]))
     before = against.get("eager" if target.backend == "eager" else _UNCOMPRESSED)

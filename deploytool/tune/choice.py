@@ -6,6 +6,7 @@ loses quality for nothing: neither is chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from deploytool.tune.track import case_log_ratios
 from deploytool.tune.trial import Trial, value_of
 
 TOLERATED = 0.02  # what counts as equally quick, as in the verdicts of `bench`
+_FEW, _FAR = 3, math.log(1.2)  # rounds that are no sample yet, and how far behind each of them must show it
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,24 @@ class Standings:
 
         Where every entrant has a bucket in which it loses to that one's own, the first is the measure in all of them.
         """
-        left = [t for t in entrants if not self._loses(t, plains[1:])]
-        left = left or [t for t in entrants if not self._loses(t, [*plains[:1]] * self.buckets)]
+        left = [t for t in entrants if not self.loses(t, plains[1:])]
+        left = left or [t for t in entrants if not self.loses(t, [*plains[:1]] * self.buckets)]
         if not left:
             return None
         best = min(left, key=value_of)
         as_quick = [t for t in left if t in plains and value_of(t) - value_of(best) <= TOLERATED]
         return min(as_quick, key=value_of, default=best)
 
-    def _loses(self, trial: Trial, plains: Sequence[Trial]) -> bool:
+    def loses(self, trial: Trial, plains: Sequence[Trial]) -> bool:
+        """Whether it is surely slower in a bucket than the plain one that is its measure there."""
         return any(surely_slower(self.in_bucket(trial, plain, bucket), self.seed)
                    for bucket, plain in enumerate(plains) if plain is not trial)  # fmt: skip
 
 
 def surely_slower(log_ratios: Sequence[float], seed: int) -> bool:
     """Whether the rounds show it with 95 % confidence, however much slower: what is in doubt must not be shipped as the
-    quicker one, so less evidence is wanted than for a verdict."""
+    quicker one, so less evidence is wanted than for a verdict. Of few rounds all must show it to be far slower."""
     found = speedup(log_ratios, seed=seed)
-    return found is not None and found.high < 1 and found.value < 1 / (1 + TOLERATED)
+    if found is None:
+        return len(log_ratios) >= _FEW and max(log_ratios) < -_FAR
+    return found.high < 1 and found.value < 1 / (1 + TOLERATED)

@@ -296,8 +296,7 @@ class Search:
     def _finals(self) -> Trial | None:
         """Rounds of those near the best with the best plain ones, then the last of them again in fresh processes.
 
-        Who looks best after a short race was lucky too: those who are near the best as it looks after a heat take part
-        in the next one.
+        Who looks best after a short race was lucky too: who is near the best after a heat takes part in the next one.
         """
         for number, (near, count) in enumerate(zip(_NEAR, _HEATS, strict=True)):
             field = self._near(near)
@@ -313,13 +312,17 @@ class Search:
         return distinct([*field, *self._plains(self.trials.values())], self.key)
 
     def _near(self, near: float) -> list[Trial]:
-        """Those that keep the quality and are so near to the best of them, at most as many as can be open at once."""
-        best = self.best()
-        if best is None:
+        """Those that keep the quality and are so near to the best of them, at most as many as can be open at once.
+
+        What surely loses somewhere to the best plain one on average can win no more, and is no measure either.
+        """
+        average = self._plains(self.trials.values())[:1]
+        able = [t for t in self.valued() if not self._standings().loses(t, average * len(self.cases))]
+        if (best := next(filter(self.fit, able), None)) is None:
             return []
-        close = distinct([t for t in self.valued() if value_of(t) - value_of(best) <= near], self.key)
-        fit = [t for t, fits in zip(close, self.engine.map(self.fit, close), strict=True) if fits]
-        return few_of_each(fit, _MOST_OF_A_FAMILY)[:_MOST_ENTRANTS]
+        close = distinct([t for t in able if value_of(t) - value_of(best) <= near], self.key)
+        self.engine.map(self.fit, close)
+        return few_of_each(filter(self.fit, close), _MOST_OF_A_FAMILY)[:_MOST_ENTRANTS]
 
     def _plains(self, among: Collection[Trial]) -> list[Trial]:
         """The best unquantized artifact of the model itself on average, then that of each bucket; none fits: []."""

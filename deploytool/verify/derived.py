@@ -36,7 +36,8 @@ def arithmetic(artifact: Artifact) -> str:
     if artifact.settings.get("input_grids") and artifact.precision == "fp32":
         return "learned grids"
     calibrated = artifact.settings.get("scheme") == "static" or "calibration" in artifact.settings  # some layers of it
-    dynamic = artifact.backend in _DYNAMIC and not calibrated
+    weights_only = artifact.settings.get("weights_only")  # rounds less than what is simulated
+    dynamic = (artifact.backend in _DYNAMIC or weights_only) and not calibrated
     return artifact.precision if artifact.precision != "int8" or dynamic else "static int8"
 
 
@@ -44,14 +45,18 @@ def derived_limits(noise: Mapping[str, Any] | None, precision: str, limits: Limi
     """By output {"relative_error_max", "from", "noise"}; the profile's own where the noise is not known."""
     ceiling = error_max(limits.cosine_min)
     outputs: Mapping[str, Mapping[str, float]] = noise["outputs"] if noise else {}
-    return {name: _derive(figures, precision, ceiling) for name, figures in outputs.items()}
+    skipped = noise.get("skipped", {}) if noise else {}
+    return {name: _derive(figures, precision, ceiling, skipped) for name, figures in outputs.items()}
 
 
-def _derive(figures: Mapping[str, float], precision: str, ceiling: float) -> dict[str, Any]:
+def _derive(figures: Mapping[str, float], precision: str, ceiling: float, skipped: Mapping[str, str]) -> dict[str, Any]:
     known = {name: figures[name] for name in _FIGURES.get(precision, ()) if name in figures}
     if not known:
+        why = next((skipped[name] for name in _FIGURES.get(precision, ()) if name in skipped), "it is not known")
+        if precision not in _FIGURES:
+            why = f"none is simulated for {precision}"
         return {"relative_error_max": ceiling, "noise": None,
-                "from": "the profile's cosine_min: the reference's own noise is not known"}  # fmt: skip
+                "from": f"the profile's cosine_min, without the reference's own noise: {why}"}  # fmt: skip
     size = max(known.values())
     limit, least = _HEADROOM[precision] * size, LEAST[precision]
     words = " and ".join(f"{_WORDS[name]} ({value:.2g})" for name, value in known.items())

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from deploytool.lower import noise as lower_noise
 from deploytool.lower.noise import noise_job
 from deploytool.lower.prepare import prepare_job
 from deploytool.source import ModelRef
@@ -47,6 +48,18 @@ def test_each_precision_has_its_noise(tmp_path: Path) -> None:
     assert noise["skipped"] == {}
     assert 1e-8 < figures["fp64"] < 5e-6 and 1e-8 < figures["shuffled"] < 5e-6
     assert 1e-5 < figures["fp16"] < 5e-3 and 1e-3 < figures["int8"] < 0.1
+
+
+def test_a_large_model_loses_only_what_needs_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory holds no copy, what needs none is measured all the same, and the module is as it was."""
+    module = "nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))"
+    right = measured(tmp_path, module)
+    monkeypatch.setattr(lower_noise, "_SHARE_OF_MEMORY", 1e-12)
+    (tmp_path / "b").mkdir()
+    found = measured(tmp_path / "b", module)
+    assert {name: value for name, value in right["outputs"]["output"].items() if name in ("shuffled", "int8")} == (
+        found["outputs"]["output"])  # fmt: skip
+    assert "MB of memory are free" in found["skipped"]["fp64"] and "fp16" in found["skipped"]
 
 
 def test_cancellation_shows_as_noise(tmp_path: Path) -> None:

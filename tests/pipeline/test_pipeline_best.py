@@ -92,6 +92,20 @@ def test_a_faster_one_stays(model: str, exported: Exported, planted: Callable[[s
     assert result["precision"] == "int8" and result["kept"] is None
 
 
+def test_a_profile_without_a_plain_one_is_told(
+    model: str, exported: Exported, planted: Callable[[str], None], tmp_path: Path
+) -> None:
+    """Below fp32, what nothing was timed against must not look as if it had been shown to be faster."""
+    planted("faster")
+    for name, precision in (("own-int8", "int8"), ("own-fp32", "fp32")):
+        profile = tmp_path / f"{name}.toml"
+        profile.write_text(f'name = "{name}"\ndescription = "ours"\nbackend = "onnxruntime"\n'
+                           f'precision = "{precision}"\n[parity]\ncosine_min = 0.9\n')  # fmt: skip
+        (result,) = exported(model, str(profile), bench_seconds=1.0, out=name)["targets"]
+        said = [line for line in result["findings"] if "faster than fp32 was not measured" in line]
+        assert len(said) == (precision == "int8"), result["findings"]
+
+
 @pytest.fixture
 def compressed(model: str, cache: Path, inline: list[str]) -> str:
     """What a recipe made of the model: in one place for all tests."""

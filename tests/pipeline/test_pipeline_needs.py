@@ -23,6 +23,17 @@ GB = 1_000_000_000
 Usage = namedtuple("Usage", "total used free")
 
 
+MADE = """
+import torch
+
+def build():
+    return torch.nn.Linear(32, 32, bias=False).eval()
+
+def samples():
+    return [{"input": torch.ones(n, 32)} for n in (1, 2)]
+"""
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 GB of memory and 10 GB of disk are free."""
@@ -107,6 +118,18 @@ def test_a_plan_is_refused_before_work(machine: None, tmp_path: Path) -> None:
     how = Options(out=tmp_path / "out")
     told = make_plan("digits", ["ort"], how).to_json(how)["needs_at_least_bytes"]
     assert told["memory"] > told["output"] > 0
+
+
+def test_what_a_model_file_holds_is_known_once_it_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Weights made by build() are in no file: targets that need no graph are refused before any is built."""
+    model = tmp_path / "made.py"
+    model.write_text(MADE)
+    monkeypatch.setattr(preflight, "_places", lambda needed, out: [("the output", tmp_path, needed.output * 10**9)])
+    told = ["export", str(model), "--target", "torchscript", "--no-bench", "-o", str(tmp_path / "out")]
+    assert run(told) == 4
+    assert "DT405" in (said := capsys.readouterr().err) and "4096000 MB are needed for the output" in said
 
 
 def test_a_search_is_refused_before_work(machine: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -156,6 +156,22 @@ def test_slow_on_one_size_is_out(ask: Ask) -> None:
     assert chosen.config.profile.precision == "fp32"
 
 
+def test_what_is_out_is_no_measure(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is far ahead on average and out for one size does not keep those from the heats that may win."""
+    heats: list[list[str]] = []
+    right = Search.heat
+
+    def heat(self: Search, kind: str, entrants: Any, count: int) -> None:
+        heats.append([t.config.profile.name for t in entrants])
+        right(self, kind, entrants, count)
+
+    monkeypatch.setattr(Search, "heat", heat)
+    times = {"ort": (10.0, 30.0), "ort-int8": (10.0, 28.0), "openvino-int8": (14.0, 10.0)}
+    _, chosen, _ = ask(times=lambda c, case: times.get(c.profile.name, (90.0, 90.0))[case])
+    assert chosen.config.profile.name == "ort-int8"
+    assert heats and all("ort-int8" in heat and "openvino-int8" not in heat for heat in heats)
+
+
 def test_how_much_slower_may_be_in_doubt() -> None:
     """Rounds that a verdict calls undecided, being a factor of two apart, show well that all of them were slower.
 
@@ -168,6 +184,7 @@ def test_how_much_slower_may_be_in_doubt() -> None:
     assert not surely_slower([0.11, -0.37, 0.23, -0.36, 0.19, -0.79, 0.88, -0.59, 0.63], 0)
     assert not surely_slower([-0.010, -0.011, -0.012, -0.010, -0.009], 0)  # less than what is tolerated
     assert not surely_slower(rounds[:3], 0)  # too few to tell
+    assert surely_slower([-0.3, -0.2, -0.7], 0) and not surely_slower([-0.3, -0.7], 0)
 
 
 def test_noise_on_one_size_is_no_reason(ask: Ask) -> None:

@@ -31,7 +31,7 @@ def of(precision: str, **figures: float) -> dict[str, Any]:
         ("fp16", {"fp16": 2e-3, "int8": 1.0}, 1.6e-2, "rounded to half precision"),
         ("int8", {"int8": 0.02}, 0.12, "7-bit weights"),
         ("int8", {"fp64": 1e-6}, error_max(0.98), "is not known"),
-        ("int4", {"int8": 0.02}, error_max(0.98), "is not known"),
+        ("int4", {"int8": 0.02}, error_max(0.98), "none is simulated for int4"),
     ],
 )
 def test_limits_say_where_they_come_from(
@@ -58,6 +58,9 @@ def test_without_noise_the_profile_alone_judges() -> None:
     """A model that has no module, or no noise that could be measured, must be held to its profile."""
     assert derived_limits(None, "fp32", LIMITS) == {}
     assert of("fp32")["relative_error_max"] == error_max(0.98)
+    assert "none is simulated for static int8" in of("static int8", int8=0.01)["from"]
+    noise = {"outputs": {"y": {"shuffled": 1e-7}}, "skipped": {"fp16": "it is too large"}}
+    assert derived_limits(noise, "fp16", LIMITS)["y"]["from"].endswith("noise: it is too large")
 
 
 def test_learned_grids_are_held_to_the_eased_profile(tmp_path: Path) -> None:
@@ -77,6 +80,7 @@ def test_learned_grids_are_held_to_the_eased_profile(tmp_path: Path) -> None:
         ("fbgemm", "no-static-ranges", {"scheme": "dynamic"}, "int8"),
         ("onnxruntime", "ort-int8", {}, "int8"),
         ("openvino", "openvino-int8", {"scheme": "transformer"}, "static int8"),
+        ("openvino", "openvino-dynamic-int8", {"weights_only": True, "activation_group": 64}, "int8"),
     ],
 )
 def test_static_ranges_are_told_by_the_engine(
