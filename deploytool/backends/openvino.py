@@ -22,6 +22,7 @@ from deploytool.backends import openvino_generate, tables  # noqa: E402
 from deploytool.backends.base import Built, Request, portable_of  # noqa: E402
 from deploytool.backends.engine import EngineRunner, threads_of  # noqa: E402
 from deploytool.backends.openvino_generate import BEAMS, KeptCache, engine_config  # noqa: E402
+from deploytool.backends.openvino_scalars import move_scalars  # noqa: E402
 from deploytool.backends.openvino_states import cache_pairs, keep_cache  # noqa: E402
 from deploytool.backends.shipped_runner import ship  # noqa: E402
 from deploytool.decoding import TOKENS  # noqa: E402
@@ -87,7 +88,9 @@ def _learned(request: Request) -> tuple[ov.Model, dict[str, Any]]:
 
     with tempfile.TemporaryDirectory(prefix="deploytool-") as folder:
         settings = write_learned(portable_of(request), replace(request, out=Path(folder)), "openvino")
-        return _imported(Path(folder) / GRAPH), dict(settings)
+        model = _imported(Path(folder) / GRAPH)
+        move_scalars(model)
+        return model, dict(settings)
 
 
 def _imported(path: Path) -> ov.Model:

@@ -21,6 +21,7 @@ from deploytool.backends.base import Request, portable_of
 from deploytool.backends.onnx_products import products_to_keep, with_products
 from deploytool.backends.openvino import CompiledRunner, compile_ir
 from deploytool.backends.openvino_control import Metric, metric_of, within_drop
+from deploytool.backends.openvino_scalars import move_scalars
 from deploytool.errors import BackendFailed, InputRefused, UsageProblem, nearest
 from deploytool.signature import Feeds
 
@@ -28,6 +29,9 @@ _PRESETS = {"mixed": nncf.QuantizationPreset.MIXED, "performance": nncf.Quantiza
 _NO_SMOOTHING = nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
 _ESTIMATORS = {"mean": RangeEstimatorParametersSet.MEAN_MINMAX, "min-max": RangeEstimatorParametersSet.MINMAX}
 _MANY_FEEDS = 16
+_QUANTIZED = "quantized graph"
+_FIXES = {_QUANTIZED: "name the nodes that it cannot take in build.exclude, or choose openvino-dynamic-int8, which "
+                      "leaves activations in floating point"}  # fmt: skip
 _GOOD_ENOUGH_SHARE = 0.5  # of the profile's allowed loss of cosine: a scheme that stays within ends the search
 
 
@@ -41,7 +45,7 @@ def quantize(model: ov.Model, request: Request, options: tables.OpenVinoBuild) -
     reference = _outputs(model, feeds)
     for ranges, scheme in itertools.product(_ranges(len(feeds)), _schemes(model, options)):
         quantized = _quantize(model.clone(), feeds, options, scheme, kept, ranges)
-        loss = max(map(sensitivity.output_loss, reference, _outputs(quantized, feeds)))
+        loss = max(map(sensitivity.output_loss, reference, _outputs(quantized, feeds, _QUANTIZED)))
         if best is None or loss < best[0]:
             best = (loss, scheme, ranges, quantized)
         if loss <= _GOOD_ENOUGH_SHARE * (1.0 - request.target.parity.cosine_min):
@@ -96,19 +100,36 @@ def _quantize(
         "ignored_scope": nncf.IgnoredScope(names=kept) if kept else None,
     }
     if metric is not None and options.max_drop is not None:
-        return within_drop(model, feeds, metric, options.max_drop,
-                           {**settings, "advanced_quantization_parameters": advanced})  # fmt: skip
+        quantized = within_drop(model, feeds, metric, options.max_drop,
+                                {**settings, "advanced_quantization_parameters": advanced})  # fmt: skip
+    else:
+        try:
+            quantized = nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds), advanced_parameters=advanced,
+                                      **settings)  # fmt: skip
+        except RuntimeError as error:
+            raise BackendFailed("DT504", f"NNCF must quantize the model (got: {error})"[:2000]) from error
+    move_scalars(quantized)
+    return quantized
+
+
+def _outputs(model: ov.Model, feeds: list[Feeds], what: str = "graph") -> list[list[np.ndarray]]:
+    """The model's outputs on the feeds, compiled for this CPU: saturation and rounding are part of the answer.
+
+    BackendFailed DT504 where the engine does not take it.
+    """
     try:
-        return nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds), advanced_parameters=advanced,
-                             **settings)  # fmt: skip
+        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return [[array.copy() for array in compiled(dict(one)).values()] for one in feeds]
     except RuntimeError as error:
-        raise BackendFailed("DT504", f"NNCF must quantize the model (got: {error})"[:2000]) from error
+        raise BackendFailed("DT504", f"OpenVINO must compile and run the {what} (got: {_reason(error)})",
+                            detail=str(error).splitlines()[:5], fix=_FIXES.get(what)) from error  # fmt: skip
 
 
-def _outputs(model: ov.Model, feeds: list[Feeds]) -> list[list[np.ndarray]]:
-    """The model's outputs on the feeds, compiled for this CPU: saturation and rounding are part of the answer."""
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return [[array.copy() for array in compiled(dict(one)).values()] for one in feeds]
+def _reason(error: RuntimeError) -> str:
+    """The line of OpenVINO's message that says what went wrong; the others are places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith("Exception from")]
+    return (said or lines or [type(error).__name__])[0][:500]
 
 
 def _kept(model: ov.Model, request: Request, options: tables.OpenVinoBuild) -> list[str]:
