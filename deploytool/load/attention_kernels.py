@@ -154,16 +154,18 @@ def _band(
     blocks = (tokens + extra) // window
     queries = pad(q * scale, (0, 0, 0, extra)).unflatten(2, (-1, window))
     keys, values = (_neighbours(pad(x, (0, 0, window, extra + after)), window, causal) for x in (k, v))
-    start = torch.arange(blocks)[:, None, None] * window
-    own = start + torch.arange(window)[:, None]  # [blocks, window, 1]
-    other = start + torch.arange(2 * window + after) - window  # [blocks, 1, 2 or 3 windows]
-    seen = (other >= globals_) & (other < tokens) & ((own - other).abs() <= window)
+    # Who is near is the same in every block, and which keys there are the same for every query of one.
+    own, beside = torch.arange(window)[:, None], torch.arange(2 * window + after) - window
+    near = (own - beside).abs() <= window  # [window, 2 or 3 windows]
     if causal:
-        seen = seen & (other <= own)
+        near = near & (beside <= own)
+    other = torch.arange(blocks)[:, None, None] * window + beside  # [blocks, 1, 2 or 3 windows]
+    there = (other >= globals_) & (other < tokens)
     added = None if mask is None else _band_mask(mask.clamp(min=_HIDDEN), other, window, extra, after)
 
     def some(which: slice) -> Partial:
-        scores = (queries[:, :, which] @ keys[:, :, which].transpose(-2, -1)).masked_fill(~seen[which], _HIDDEN)
+        hidden = ~(near & there[which])
+        scores = (queries[:, :, which] @ keys[:, :, which].transpose(-2, -1)).masked_fill(hidden, _HIDDEN)
         if added is not None:
             scores = (scores + added[:, :, which]).clamp(min=_HIDDEN)
         return _partial(scores, values[:, :, which])
