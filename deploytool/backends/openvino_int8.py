@@ -45,7 +45,7 @@ def quantize(model: ov.Model, request: Request, options: tables.OpenVinoBuild) -
     reference = _outputs(model, feeds)
     for ranges, scheme in itertools.product(_ranges(len(feeds)), _schemes(model, options)):
         quantized = _quantize(model.clone(), feeds, options, scheme, kept, ranges)
-        loss = max(map(sensitivity.output_loss, reference, _outputs(quantized, feeds, _QUANTIZED)))
+        loss = max(map(sensitivity.sample_loss, reference, _outputs(quantized, feeds, _QUANTIZED)))
         if best is None or loss < best[0]:
             best = (loss, scheme, ranges, quantized)
         if loss <= _GOOD_ENOUGH_SHARE * (1.0 - request.target.parity.cosine_min):
@@ -73,7 +73,9 @@ def _opened(candidate: ov.Model | ov.CompiledModel, request: Request) -> Compile
 def _schemes(model: ov.Model, options: tables.OpenVinoBuild) -> list[str]:
     if options.scheme != "auto":
         return [options.scheme]
-    return ["transformer", "unsmoothed"] if has_attention(model) else ["plain"]
+    # Without attention the transformer scheme is the plain one with less in int8 beside the products: MobileNetV2 and
+    # ConvNeXt with random weights lose 0.19 and 0.02 of the cosine by the plain one, and below 0.01 by this.
+    return ["transformer", "unsmoothed"] if has_attention(model) else ["plain", "transformer"]
 
 
 def _ranges(feeds: int) -> list[str]:

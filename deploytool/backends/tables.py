@@ -202,8 +202,8 @@ class OpenVinoBuild(KeepFp32):
     int4_share            of int4: share of the weights that become int4, least sensitive first; the rest is int8
     scheme                "transformer" leaves softmax and norms alone and moves outliers from activations to weights;
                           "unsmoothed" does not move them; "plain" quantizes everything; "auto" takes the ranges that
-                          the model has learned; else, where the graph holds attention, the better of the first two on
-                          the calibration feeds
+                          the model has learned; else, by the loss on the calibration feeds, of the first two where the
+                          graph holds attention, and of the first and the last elsewhere
     preset                "mixed": asymmetric activations; "performance": symmetric ones
     calibration_samples   how many calibration feeds NNCF reads
     max_drop              of int8: the share of the model's first metric that may be lost, by its own evaluate(): layers
