@@ -5,9 +5,9 @@
         ...                                         # change the block's weights in place
                                                     # the next block gets what the changed one gives
 
-Memory stays at the weights, the inputs of one block for all samples, and the activations of one sample; weights that
-lie in a mapped file are held while their block is met. A block is a child of a list of modules of one type, found by
-structure; a layer outside all such lists is a block of its own.
+Memory stays at the weights and the activations of one sample: what reaches one block of all the others lies on disk
+(`shelf`). Weights that lie in a mapped file are held while their block is met. A block is a child of a list of modules
+of one type, found by structure; a layer outside all such lists is a block of its own.
 
 The scheme is that of Frantar and Alistarh, "SparseGPT", ICML 2023, section 4 (and of GPTQ before it).
 """
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from deploytool.compress.calls import Call, Reached, leaves, plain_forward, record_calls, replay, sharing_equal
 from deploytool.compress.chain import follow, trace
 from deploytool.compress.matrices import Measure, geometry, gram, rows
+from deploytool.compress.shelf import Shelf
 from deploytool.errors import InputRefused
 from deploytool.load.memory import drop_pages
 from deploytool.source import Source
@@ -56,15 +57,15 @@ class Block:
     name     dotted, as in the source's module; "" is the whole model
     module   the block itself: change its weights in place
     layers   {dotted name: layer} of the chosen layers in it
-    calls    the arguments of every call, all samples, as the changed blocks before it give them
+    calls    the arguments of every call, all samples, as the changed blocks before it give them; read one at a time
     given    what the changed block gives for every call, where somebody has found out (`turns.Turns`)
     """
 
     name: str
     module: nn.Module
     layers: dict[str, nn.Module]
-    calls: list[Call] = field(repr=False)
-    given: list[Any] | None = field(default=None, repr=False)
+    calls: Sequence[Call] = field(repr=False)
+    given: Iterable[Any] | None = field(default=None, repr=False)
 
     def outputs(self) -> Iterator[Any]:
         """What the block gives for every call, as it is now."""
@@ -178,15 +179,16 @@ def walk_blocks(source: Source, layers: Iterable[str], samples: Sequence[Sample]
     check_samples(samples)
     module = source.module
     wanted = _by_block(module, list(layers))
-    runs = [partial(source.flat, *(sample[n] for n in source.signature.input_names)) for sample in samples]
-    order = trace(runs[0], {name: module.get_submodule(name) for name in wanted}, module)
+    order = trace(_run(source, samples[0]), {name: module.get_submodule(name) for name in wanted}, module)
     drop_pages(module.parameters())
-    calls: list[Call] = []
-    given: list[Any] | None = None
+    calls: Shelf[Call] = Shelf()
+    given: Iterable[Any] | None = None
     for name, link in order:
-        if not follow(module, link, calls, given):
-            calls, given = [], None  # what is held is dropped before the new is made
-            calls = _calls_of(runs, module.get_submodule(name), first_only=link.once)
+        following = follow(module, link, calls, given)
+        if following is None:
+            calls, given = Shelf(), None  # what is held is dropped before the new is made
+            following = _calls_of(source, samples, module.get_submodule(name), first_only=link.once)
+        calls, given = following, None
         held = {layer: module.get_submodule(layer) for layer in wanted[name]}
         block = Block(name, module.get_submodule(name), held, calls)
         yield block
@@ -220,12 +222,16 @@ def _by_block(module: nn.Module, layers: list[str]) -> dict[str, list[str]]:
     return grouped
 
 
-def _calls_of(runs: Sequence[Callable[[], object]], block: nn.Module, *, first_only: bool) -> list[Call]:
+def _run(source: Source, sample: Sample) -> Callable[[], object]:
+    return partial(source.flat, *(sample[name] for name in source.signature.input_names))
+
+
+def _calls_of(source: Source, samples: Sequence[Sample], block: nn.Module, *, first_only: bool) -> Shelf[Call]:
     """What reaches the block in all runs; tensors that are equal in the first call are held once."""
-    calls: list[Call] = []
-    for run in runs:
-        calls += [sharing_equal(call, calls[0]) if calls else call
-                  for call in record_calls(run, block, first_only=first_only)]  # fmt: skip
+    calls: Shelf[Call] = Shelf(expected=len(samples))
+    for sample in samples:
+        for call in record_calls(_run(source, sample), block, first_only=first_only):
+            calls.append(sharing_equal(call, calls[0]) if calls else call)
     return calls
 
 

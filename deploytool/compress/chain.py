@@ -6,7 +6,7 @@ learnt, must give what the model itself gave. Where they do not, a block's argum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deploytool.compress.calls import Call, leaves, plain_forward, record_calls, refill, replay
+from deploytool.compress.shelf import Shelf
 from deploytool.errors import InputRefused
 from deploytool.load.memory import drop_pages
 
@@ -74,17 +75,23 @@ def trace(
     return _proved(run, blocks, order, {entry.name: entry for entry in seen})
 
 
-def follow(root: nn.Module, link: Link, calls: list[Call], given: list[Any] | None = None) -> bool:
-    """Replace the calls of the block before, one by one, by the next block's; False where they must be recorded.
+def follow(
+    root: nn.Module, link: Link, calls: Sequence[Call], given: Iterable[Any] | None = None
+) -> Shelf[Call] | None:
+    """The next block's calls, from those of the block before; None where they must be recorded.
 
-    `given` is what the block before gives for these calls, where that is known; it is used up.
+    `given` is what the block before gives for these calls, where that is known.
     """
-    if link.before is None or not calls or any(len(leaves(call)) != link.inputs for call in calls):
-        return False
+    if link.before is None or not calls:
+        return None
     block = root.get_submodule(link.before)
-    for index, call in enumerate(calls):
-        calls[index] = _next(link, call, replay(block, call) if given is None else given.pop(0))
-    return True
+    outputs = (replay(block, call) for call in calls) if given is None else given
+    made: Shelf[Call] = Shelf(expected=len(calls))
+    for call, output in zip(calls, outputs, strict=True):
+        if len(leaves(call)) != link.inputs:
+            return None
+        made.append(_next(link, call, output))
+    return made
 
 
 def _next(link: Link, call: Call, outputs: Any) -> Call:

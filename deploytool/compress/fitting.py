@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +90,11 @@ def _by_epoch(given: Callable[..., Iterable[dict[str, Tensor]]]) -> Batches:
     return lambda epoch: given()
 
 
-def _shuffled(samples: list[dict[str, Tensor]], seed: int) -> Batches:
+def _shuffled(samples: Sequence[dict[str, Tensor]], seed: int) -> Batches:
     """The samples in an order of its own for every epoch."""
 
     def epoch_batches(epoch: int) -> Iterable[Mapping[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed + epoch)
-        return [samples[i] for i in torch.randperm(len(samples), generator=generator)]
+        return (samples[i] for i in torch.randperm(len(samples), generator=generator).tolist())
 
     return epoch_batches

@@ -10,8 +10,9 @@ and its table in the family's light `tables.py`, so that recipes are checked and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -81,15 +82,18 @@ class Context:
     checkpoints: Path | None = None
     checkpoint_every: int = 200
 
-    def samples(self, source: Source) -> list[dict[str, Tensor]]:
+    def samples(self, source: Source) -> Sequence[dict[str, Tensor]]:
         """The first `calibration.samples` of a source, cut to `calibration.length` along "sequence".
 
-        They are what its `calibration()` gives, and its samples where it has none.
+        They are what its `calibration()` gives, and its samples where it has none. They are read once, one by one, and
+        memory holds few of them.
         """
+        from deploytool.compress.shelf import Shelf  # recipes are checked and planned without importing torch
+
         given = source.samples if source.calibration is None else source.calibration
-        taken = [s for s, _ in zip(given(), range(self.calibration.samples), strict=False)]
-        length = self.calibration.length
-        return taken if length is None else [_cut(source, sample, length) for sample in taken]
+        count, length = self.calibration.samples, self.calibration.length
+        taken = islice(given(), count)
+        return Shelf(taken if length is None else (_cut(source, sample, length) for sample in taken), expected=count)
 
 
 def _cut(source: Source, sample: dict[str, Tensor], length: int) -> dict[str, Tensor]:

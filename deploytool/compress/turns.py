@@ -6,85 +6,81 @@
             for totals in turns.totals(block):          # {layer: Total}, one Total for all layers of the turn
                 ...                                     # give these layers other weights
 
-Each layer makes good for what those before it have lost. The calls wait before the layers that come next, so the block
-runs once for every sample (`paused`). Where that would hold too much or take too many threads, or where layers run
-several times in a call, each turn runs the block anew, to where it has seen enough.
+Each layer makes good for what those before it have lost. Each turn runs the block to the layers that come next; those
+that are done are computed once for each sample (`passes`). Where layers run several times in a call, each turn computes
+the block anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from deploytool.compress.blocks import Block, Moments, Stage, Total, check_finite, paired_moments
-from deploytool.compress.calls import leaves
-from deploytool.compress.matrices import gram, matrix, rows
-from deploytool.compress.paused import LARGE, Paused, forward, own
+from deploytool.compress.blocks import Block, Moments, Total, check_finite, paired_moments
+from deploytool.compress.matrices import gram, rows
+from deploytool.compress.passes import Passes
+from deploytool.compress.shelf import Shelf
 from deploytool.errors import InputRefused
 from deploytool.load.memory import drop_pages, give_back, on_disk
 
-_MOST = 2**29  # bytes that all calls of a block together may hold where they wait
-_MOST_THREADS = 2**11  # of all calls together: each computes with as many as the process may
 _TOGETHER = 4  # calls whose rows are multiplied at once: long products are quicker
 
 
 class Turns:
-    """See the module's docstring. One object for a walk: it remembers which kinds of blocks may wait.
+    """See the module's docstring.
 
     precision  of the products: "float32", "bfloat16", or "auto", which is bfloat16 where the processor computes in it
     """
 
     def __init__(self, precision: str = "float32") -> None:
         self.low = precision == "bfloat16" or (precision == "auto" and _computes_bfloat16())
-        self._written: dict[tuple[object, ...], list[int] | None] = {}
 
     def totals(self, block: Block) -> Iterator[dict[str, Total]]:
         """{layer: Total of `gram`} of every turn's layers, as `Block.accumulate` has it, in the order they read."""
         stages = block.stages()
-        written = self._may_wait(block, stages)
-        if written is None:
+        if not all(stage.once for stage in stages):
             for stage in stages:
                 yield block.accumulate(gram, stage.layers, once=stage.once)
             return
-        with Paused(block.module, block.calls, block.layers, written, low=self.low) as paused:
+        with self._passes(block) as passes:
             for stage in stages:
                 first = block.layers[stage.layers[0]]
-                total = self._summed([rows(first, x) for x in paused.reach(stage.layers)])
+                total = self._summed(rows(first, x) for x in passes.reach(stage.layers))
                 give_back()
                 check_finite({stage.layers[0]: total.sum})
                 yield dict.fromkeys(stage.layers, total)
                 del total
                 give_back()
-                paused.release(stage.layers)
-            block.given = list(paused.outputs())
-            _refuse_again(paused.again)
+                passes.release(stage.layers)
+            block.given = Shelf(passes.outputs(), expected=len(block.calls))
+            _refuse_again(passes.again)
 
     def moments(self, before: Block, now: Block) -> Iterator[dict[str, Moments]]:
         """{layer: Moments} of every turn's layers, of two like blocks, as `paired_moments` has it."""
         stages = now.stages()
-        written = self._may_wait(now, stages)
-        if written is None:
+        if not all(stage.once for stage in stages):
             for stage in stages:
                 yield paired_moments(before, now, stage.layers, once=stage.once)
             return
-        with (Paused(before.module, before.calls, before.layers, written, low=self.low) as old,
-              Paused(now.module, now.calls, now.layers, written, low=self.low) as new):  # fmt: skip
+        with self._passes(before) as old, self._passes(now) as new:
             for stage in stages:
                 first = now.layers[stage.layers[0]]
-                x0, x = ([rows(first, x) for x in calls.reach(stage.layers)] for calls in (old, new))
-                both = self._paired(x0, x)
-                del x0, x
+                both = self._paired(*((rows(first, x) for x in passes.reach(stage.layers)) for passes in (old, new)))
                 give_back()
                 check_finite({stage.layers[0]: both.cross + both.gram})
                 yield dict.fromkeys(stage.layers, both)
                 old.release(stage.layers)
                 new.release(stage.layers)
-            before.given, now.given = list(old.outputs()), list(new.outputs())
+            for block, passes in ((before, old), (now, new)):
+                block.given = Shelf(passes.outputs(), expected=len(block.calls))
             _refuse_again(old.again | new.again)
+
+    def _passes(self, block: Block) -> Passes:
+        return Passes(block.module, block.calls, block.layers, low=self.low)
 
     @property
     def precision(self) -> str:
@@ -105,43 +101,25 @@ class Turns:
         del before
         give_back()
 
-    def _summed(self, parts: Sequence[Tensor]) -> Total:
+    def _summed(self, parts: Iterable[Tensor]) -> Total:
         rows, total = _Rows(low=self.low), None
-        for start in range(0, len(parts), _TOGETHER):
-            x = rows.varying(_taken(parts[start : start + _TOGETHER]))
+        for x in map(rows.varying, _joined(parts)):
             total = _plus(total, gram(x))
-            del x
         return Total(_whole(total, rows, rows), rows.count)
 
-    def _paired(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> Moments:
+    def _paired(self, before: Iterable[Tensor], now: Iterable[Tensor]) -> Moments:
         rows0, rows = _Rows(low=self.low), _Rows(low=self.low)
         own, cross = None, None
-        for start in range(0, len(now), _TOGETHER):
-            parts = (_taken(parts[start : start + _TOGETHER]) for parts in (before, now))
-            x0, x = (side.varying(part) for side, part in zip((rows0, rows), parts, strict=True))
+        for x0, x in zip(map(rows0.varying, _joined(before)), map(rows.varying, _joined(now)), strict=True):
             own, cross = _plus(own, gram(x)), _plus(cross, x0.T @ x)
         return Moments(_whole(own, rows, rows), _whole(cross, rows0, rows), rows.count)
 
-    def _may_wait(self, block: Block, stages: Sequence[Stage]) -> list[int] | None:
-        """Which leaves of a call the block writes into, or None where its calls cannot wait side by side.
 
-        Proved on two calls, once for a kind of block: a module that keeps something of its own during a call would mix
-        them up.
-        """
-        if not all(stage.once for stage in stages) or len(block.calls) * torch.get_num_threads() > _MOST_THREADS:
-            return None
-        shapes = (matrix(layer).shape for layer in block.layers.values())
-        kind = (type(block.module), len(leaves(block.calls[0])), *shapes)
-        if kind not in self._written:
-            self._written[kind] = _prove(block, stages, low=self.low)
-        return self._written[kind]
-
-
-def _taken(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all, a copy; what lies on disk is not held twice."""
-    x = torch.cat(list(parts))
-    drop_pages(part for part in parts if part.nbytes >= LARGE)
-    return x
+def _joined(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The rows of a few parts at a time, copies."""
+    left = iter(parts)
+    while some := list(islice(left, _TOGETHER)):
+        yield torch.cat(some)
 
 
 def _refuse_again(names: set[str]) -> None:
@@ -197,29 +175,3 @@ def _plus(total: Tensor | None, value: Tensor) -> Tensor:
 
 def _computes_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _prove(block: Block, stages: Sequence[Stage], *, low: bool) -> list[int] | None:
-    largest = block.largest()
-    other = block.calls[0 if block.calls[-1] is largest else -1]
-    call = own(largest, range(len(leaves(largest))))
-    versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves(call)]
-    expected = leaves(forward(block.module, call, low=low))
-    written = [i for i, leaf in enumerate(leaves(call)) if isinstance(leaf, Tensor) and leaf._version != versions[i]]
-    held = sum(_bytes(leaf) for leaf in leaves(call))
-    with Paused(block.module, [largest, other], block.layers, written, low=low) as paused:
-        for stage in stages:
-            held += sum(_bytes(x) for x in paused.reach(stage.layers)[:1])
-            paused.release(stage.layers)
-        given = leaves(next(paused.outputs()))
-    held += sum(map(_bytes, given))
-    same = len(given) == len(expected) and all(_equal(a, b) for a, b in zip(given, expected, strict=True))
-    return written if same and held * len(block.calls) <= _MOST else None
-
-
-def _equal(one: Any, two: Any) -> bool:
-    return torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else type(one) is type(two)
-
-
-def _bytes(leaf: Any) -> int:
-    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0

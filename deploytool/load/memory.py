@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 _LINUX = sys.platform == "linux"
-_ARENAS = -8  # M_ARENA_MAX of malloc.h
 _PAGE_OUT = 21  # MADV_PAGEOUT
 _LEAST = 2**18  # bytes: smaller tensors are not worth a file
 
@@ -25,15 +24,6 @@ def give_back() -> None:
     """Return what was freed to the system, where the C library keeps it: tens to hundreds of MB between two stages."""
     with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def share_arena() -> None:
-    """Let threads that are still to come allocate where the others do.
-
-    Else each keeps what it has freed for itself. For threads of which one runs at a time that is memory for nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_ARENAS, 1)
 
 
 def drop_pages(tensors: Iterable[Tensor]) -> None:

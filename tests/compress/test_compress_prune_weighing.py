@@ -179,7 +179,7 @@ def test_readings_are_weighed_sums(tmp_path: Path) -> None:
         x = torch.cat([torch.relu(source.module.up(s["x"])).flatten(0, 1) for s in samples]).double()
         y = source.module.double().down(x)
         source.module.float()
-    ones, weights = torch.cat([x, torch.ones(len(x), 1)], dim=1), torch.cat(weighing.rows).double()[:, None]
+    ones, weights = torch.cat([x, torch.ones(len(x), 1)], dim=1), torch.cat(list(weighing.rows)).double()[:, None]
     torch.testing.assert_close(reading.gram, ones.T @ (weights * ones), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(reading.wanted, y.T @ (weights * ones), rtol=1e-4, atol=1e-4)
     assert reading.root is weighing.root

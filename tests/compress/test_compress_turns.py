@@ -1,41 +1,48 @@
-"""Layers in turn: calls that wait give what calls that are made again give, and never mix."""
+"""Layers in turn: passes that take from the shelf what is done give what passes that compute all of it give."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import threading
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from deploytool.compress import paused as paused_module
-from deploytool.compress import turns as turns_module
-from deploytool.compress.blocks import Block, walk_blocks
+from deploytool.compress import shelf as shelf_module
+from deploytool.compress.blocks import Block, Total, paired_moments, walk_blocks
 from deploytool.compress.calls import leaves, replay
-from deploytool.compress.matrices import matrix, matrix_layers, set_matrix
-from deploytool.compress.paused import Paused, _Pass, forward, own
+from deploytool.compress.matrices import gram, matrix, matrix_layers, set_matrix
+from deploytool.compress.passes import Passes, forward
 from deploytool.compress.turns import Turns
 from deploytool.errors import InputRefused
-from deploytool.load import memory
 from deploytool.load.surgery import shell, with_module
 from deploytool.source import Source
 
 
-class _Block(nn.Module):
-    """`keeps`: something of a call is kept in the module until its end; `writes`: the input is written into."""
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(*(t.unsqueeze(1) for t in (q, k, v))).squeeze(1)
 
-    def __init__(self, width: int = 6, *, keeps: bool = False, writes: bool = False):
+
+class _Block(nn.Module):
+    """`keeps`: something of a call is kept in the module until its end; `writes`: the input is written into;
+    `attends`: the tokens look at one another."""
+
+    def __init__(self, width: int = 6, *, keeps: bool = False, writes: bool = False, attends: bool = False):
         super().__init__()
         self.q, self.k, self.down = (nn.Linear(width, width) for _ in range(3))
-        self.keeps, self.writes = keeps, writes
+        self.keeps, self.writes, self.attends = keeps, writes, attends
         self.kept: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.kept = x
         y = torch.tanh(self.q(x)) * self.k(x)
+        y = _attend(y, y, y) if self.attends else y
         rest = self.kept if self.keeps else x
         out = rest + self.down(y)
         return x.copy_(out) if self.writes else out
@@ -69,15 +76,20 @@ def _chain(tiny: Source, **kind: bool) -> Source:
         return _source(tiny, _Chain(**kind))
 
 
-def _waiting() -> list[threading.Thread]:
-    """Calls that still wait somewhere."""
-    return [thread for thread in threading.enumerate() if isinstance(thread, _Pass)]
+class _Anew(Turns):
+    """Each turn computes the whole block."""
+
+    def totals(self, block: Block) -> Iterator[dict[str, Total]]:
+        for stage in block.stages():
+            yield block.accumulate(gram, stage.layers, once=stage.once)
 
 
-def _walked(source: Source, precision: str = "float32") -> tuple[list[tuple[str, Tensor, int]], list[Tensor], Turns]:
+def _walked(
+    source: Source, precision: str = "float32", kind: type[Turns] = Turns
+) -> tuple[list[tuple[str, Tensor, int]], list[Tensor], Turns]:
     """What every turn saw, with the layers changed as they were met, and the weights in the end."""
     names = [name for name in matrix_layers(source.module)[0] if "layers" in name]
-    seen, turns = [], Turns(precision)
+    seen, turns = [], kind(precision)
     for block in walk_blocks(source, names, list(source.samples())):
         for totals in turns.totals(block):
             for name, total in totals.items():
@@ -86,67 +98,71 @@ def _walked(source: Source, precision: str = "float32") -> tuple[list[tuple[str,
     return seen, [p.clone() for p in source.module.parameters()], turns
 
 
-@pytest.mark.parametrize("kind", [{}, {"writes": True}])
-def test_waiting_calls_give_what_new_calls_give(
-    tiny: Source, monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]
-) -> None:
+_KINDS = [{}, {"writes": True}, {"keeps": True}, {"attends": True}]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_what_is_kept_gives_what_is_computed_anew(tiny: Source, kind: dict[str, bool]) -> None:
     """The sums of all turns, and the weights that follow from them, must not depend on how the block is run."""
-    waited, weights, turns = _walked(_chain(tiny, **kind))
-    assert list(turns._written.values()) == [[0] if kind else []]
-    monkeypatch.setattr(turns_module, "_MOST", 0)  # nothing may wait
-    again, others, turns = _walked(_chain(tiny, **kind))
-    assert list(turns._written.values()) == [None]
-    assert [name for name, _, _ in waited] == [f"layers.{i}.{n}" for i in range(3) for n in ("q", "k", "down")]
-    for (name, one, count), (other_name, other, other_count) in zip(waited, again, strict=True):
+    kept, weights, _ = _walked(_chain(tiny, **kind))
+    again, others, _ = _walked(_chain(tiny, **kind), kind=_Anew)
+    assert [name for name, _, _ in kept] == [f"layers.{i}.{n}" for i in range(3) for n in ("q", "k", "down")]
+    for (name, one, count), (other_name, other, other_count) in zip(kept, again, strict=True):
         assert (name, count) == (other_name, other_count) == (name, 7 * 2 * 7)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weights, others, rtol=1e-5, atol=1e-6)
-    assert not _waiting()
 
 
-@pytest.mark.parametrize("kind", [{}, {"writes": True}])
-def test_what_waits_on_disk_is_the_same(tiny: Source, monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]) -> None:
-    """Large tensors that calls wait with must lie in files, and give what they give in memory, bit by bit."""
+@pytest.mark.parametrize("kind", _KINDS)
+def test_what_lies_on_disk_is_the_same(tiny: Source, monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]) -> None:
+    """What has no place in memory must give what it gives there, bit by bit."""
     in_memory, weights, _ = _walked(_chain(tiny, **kind))
-    monkeypatch.setattr(paused_module, "LARGE", 1)
-    monkeypatch.setattr(memory, "_LEAST", 1)
-    mapped: list[bool] = []
-    right = turns_module._taken
-
-    def taken(parts: list[Tensor]) -> Tensor:
-        files = memory._mapped_files()
-        mapped.extend(any(low <= part.data_ptr() < high for low, high in files) for part in parts)
-        return right(parts)
-
-    monkeypatch.setattr(turns_module, "_taken", taken)
+    written: list[int] = []
+    right = shelf_module._write
+    monkeypatch.setattr(shelf_module, "_write", lambda *given: written.append(1) or right(*given))
+    monkeypatch.setattr(shelf_module, "_IN_MEMORY", 0)
     on_disk, others, _ = _walked(_chain(tiny, **kind))
-    assert mapped and (all(mapped) or sys.platform != "linux")
+    assert len(written) > 3 * 6 * 2  # of three blocks at least the inputs and outputs of all calls but the first
     assert [(name, total.tolist(), rows) for name, total, rows in on_disk] == [
         (name, total.tolist(), rows) for name, total, rows in in_memory
     ]
     assert all(torch.equal(one, two) for one, two in zip(weights, others, strict=True))
 
 
+class _Computed(TorchDispatchMode):
+    """Counts what is computed, by the operators' names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_done_is_computed_once(tiny: Source) -> None:
+    """Each layer and each attention must be computed once for a call, however many turns follow, and once to look."""
+    source = _chain(tiny, attends=True)
+    block = next(walk_blocks(source, [f"layers.0.{n}" for n in ("q", "k", "down")], list(source.samples())))
+    with _Computed() as computed:
+        list(Turns().totals(block))
+    attended = {name: count for name, count in computed.counts.items() if "scaled_dot_product" in name}
+    assert list(attended.values()) == [8] and computed.counts["aten.addmm"] == 3 * 8
+    assert not any("forward" in layer.__dict__ for layer in block.layers.values())
+
+
 def test_two_walks_are_bit_identical(tiny: Source) -> None:
-    """Threads or not: one call runs at a time, in order."""
+    """The same samples must give the same weights."""
     one, two = (_walked(_chain(tiny)) for _ in range(2))
     assert all(torch.equal(a[1], b[1]) for a, b in zip(one[0], two[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
 
 
-def test_a_block_that_keeps_something_of_a_call_does_not_wait(tiny: Source) -> None:
-    """Side by side its calls would mix: the proof must see that, and the sums be those of single calls."""
-    seen, _, turns = _walked(_chain(tiny, keeps=True))
-    assert list(turns._written.values()) == [None]
-    plain, _, _ = _walked(_chain(tiny))
-    for (_, one, _), (_, other, _) in zip(seen, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+def test_pairs_are_kept_side_by_side(tiny: Source) -> None:
+    """Moments with the block as it was must be the same whether what is done is kept or computed anew."""
 
-
-def test_pairs_wait_side_by_side(tiny: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Moments with the block as it was must be the same whether both wait or both are run anew."""
-
-    def walked() -> list[Tensor]:
+    def walked(*, kept: bool) -> list[Tensor]:
         source = _chain(tiny)
         original = with_module(source, shell(source.module))
         changed = with_module(source, shell(source.module))
@@ -155,17 +171,17 @@ def test_pairs_wait_side_by_side(tiny: Source, monkeypatch: pytest.MonkeyPatch) 
         samples = list(source.samples())
         pairs = zip(walk_blocks(changed, names, samples), walk_blocks(original, names, samples), strict=True)
         for now, before in pairs:
-            for moments in turns.moments(before, now):
+            anew = (paired_moments(before, now, stage.layers, once=stage.once) for stage in now.stages())
+            for moments in turns.moments(before, now) if kept else anew:
                 for name, both in moments.items():
                     found += [both.gram.clone(), both.cross.clone()]
                     layer = now.layers[name]
                     layer.weight = nn.Parameter(layer.weight * 0.7, requires_grad=False)  # type: ignore[operator]
         return found
 
-    waited = walked()
-    monkeypatch.setattr(turns_module, "_MOST", 0)
-    torch.testing.assert_close(waited, walked(), rtol=1e-5, atol=1e-6)
-    assert not torch.equal(waited[4], waited[5])  # the second turn reads what the changed layers of the first give
+    found = walked(kept=True)
+    torch.testing.assert_close(found, walked(kept=False), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found[4], found[5])  # the second turn reads what the changed layers of the first give
 
 
 def test_low_precision_is_near_and_outputs_stay_float32(tiny: Source) -> None:
@@ -181,66 +197,19 @@ def test_low_precision_is_near_and_outputs_stay_float32(tiny: Source) -> None:
     assert block.given is not None and {out.dtype for out in block.given} == {torch.float32}
 
 
-def test_what_fails_in_a_waiting_call_is_raised_and_ends_all(tiny: Source) -> None:
-    """An error inside a call must reach the caller, and no thread or hook may be left, nor after an early end."""
+def test_what_fails_in_a_pass_is_raised_and_leaves_nothing(tiny: Source) -> None:
+    """An error inside a call must reach the caller, and no hook and no other forward may be left behind."""
     source = _chain(tiny)
     block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
-    with Paused(block.module, block.calls, block.layers) as paused:
-        assert len(paused.reach(["layers.0.q"])) == 7
-    with Paused(block.module, block.calls, block.layers) as paused:
-        paused.reach(["layers.0.q"])
+    with Passes(block.module, block.calls, block.layers) as passes:
+        assert len(list(passes.reach(["layers.0.q"]))) == 7
         block.module.down.weight.resize_(3, 3)  # type: ignore[union-attr, operator]
-        paused.release(["layers.0.q"])
-        paused.reach(["layers.0.down"])
+        passes.release(["layers.0.q"])
+        assert len(list(passes.reach(["layers.0.down"]))) == 7
+        passes.release(["layers.0.down"])
         with pytest.raises(RuntimeError):
-            list(paused.outputs())
-    assert not _waiting()
-    assert not any(layer._forward_pre_hooks for layer in block.layers.values())
-
-
-def test_the_fused_path_is_off_meanwhile_and_back_afterwards(tiny: Source) -> None:
-    """Calls that end one after the other must neither switch it on for those that still run nor leave it off."""
-    source = _chain(tiny)
-    block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))
-    assert torch.backends.mha.get_fastpath_enabled()
-    with Paused(block.module, block.calls, block.layers) as paused:
-        paused.reach(["layers.0.q"])
-        paused.release(["layers.0.q"])
-        assert not any(torch.backends.mha.get_fastpath_enabled() for _ in paused.outputs())
-    assert torch.backends.mha.get_fastpath_enabled()
-
-
-def test_threads_that_the_system_refuses_leave_nothing_behind(tiny: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where not all calls can start, those that have must end, and no hook may stay."""
-    source = _chain(tiny)
-    block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))
-    start = threading.Thread.start
-
-    def refused(one: threading.Thread) -> None:
-        if threading.active_count() > 3:
-            raise RuntimeError("can't start new thread")
-        start(one)
-
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    with pytest.raises(RuntimeError, match="start new thread"), Paused(block.module, block.calls, block.layers):
-        pass
-    assert not _waiting() and not any(layer._forward_pre_hooks for layer in block.layers.values())
-
-
-@pytest.mark.parametrize(("limit", "size"), [("_MOST_THREADS", 6), ("_MOST", 2000)])
-def test_calls_that_take_too_much_do_not_wait(
-    tiny: Source, monkeypatch: pytest.MonkeyPatch, limit: str, size: int
-) -> None:
-    """Seven calls are more than six threads, and what they give counts as what they read: each is run anew then."""
-    source = _chain(tiny)
-    block = next(walk_blocks(source, ["layers.0.q"], list(source.samples())))  # 336 bytes of input for each call
-    turns = Turns()
-    list(turns.totals(block))
-    assert block.given is not None
-    monkeypatch.setattr(turns_module, limit, size)
-    block.given, turns = None, Turns()
-    list(turns.totals(block))
-    assert block.given is None
+            list(passes.outputs())
+    assert not any(layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in block.layers.values())
 
 
 class _InParts(nn.Module):
@@ -271,15 +240,6 @@ def test_layers_that_run_several_times_on_a_shorter_sample_are_refused() -> None
     """What nobody saw must not be left out in silence."""
     with pytest.raises(InputRefused, match="got a, several times"):
         list(Turns().totals(_in_parts(lambda x: len(x) == 8)))
-    assert not _waiting()
-
-
-def test_layers_of_one_kind_and_other_sizes_are_judged_apart(tiny: Source) -> None:
-    """A head may be too wide to wait where a small layer of the same class was not."""
-    source, turns = _chain(tiny), Turns()
-    for block in walk_blocks(source, ["embed", "head"], list(source.samples())):
-        list(turns.totals(block))
-    assert len(turns._written) == 2
 
 
 def test_sums_that_are_not_finite_are_refused(tiny: Source) -> None:
@@ -289,10 +249,9 @@ def test_sums_that_are_not_finite_are_refused(tiny: Source) -> None:
     block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
     with pytest.raises(InputRefused, match=r"layers\.0\.down"):
         list(Turns().totals(block))
-    assert not _waiting()
 
 
-def test_outputs_of_waiting_calls_are_those_of_the_changed_block(tiny: Source) -> None:
+def test_outputs_of_passes_are_those_of_the_changed_block(tiny: Source) -> None:
     """`given` must be what the block gives as it was left."""
     source = _chain(tiny)
     block: Block = next(walk_blocks(source, ["layers.0.q", "layers.0.down"], list(source.samples())))
@@ -338,8 +297,8 @@ def test_rows_with_a_strong_mean_keep_their_differences_in_low_precision() -> No
     parts = [50 + torch.randn(512, 40, generator=generator) for _ in range(6)]
     x, turns = torch.cat(parts).double(), Turns("bfloat16")
     exact = x.T @ x
-    low = turns._summed([part.clone() for part in parts])
-    both = turns._paired([part.clone() for part in parts], [2 * part for part in parts])
+    low = turns._summed(parts)
+    both = turns._paired(parts, [2 * part for part in parts])
     assert low.rows == both.rows == 3072 and torch.equal(low.sum, low.sum.T)
     small, found = torch.linalg.eigvalsh(exact)[:-1], torch.linalg.eigvalsh(low.sum)[:-1]
     torch.testing.assert_close(found, small, rtol=0.02, atol=0)
@@ -362,5 +321,5 @@ def test_low_precision_casts_the_changed_weights_once(tiny: Source) -> None:
         assert block.given is not None
         assert not any(layer.get_parameter("weight").requires_grad for layer in block.layers.values())
         for call, given in zip(block.calls, block.given, strict=True):
-            assert torch.equal(forward(block.module, own(call, ()), low=True), given)
+            assert torch.equal(forward(block.module, call, low=True), given)
     assert seen == 6

@@ -6,8 +6,8 @@ of each channel on the samples stays what it was, and distillation has little to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +26,40 @@ from deploytool.source import Source
 _FAINT = 1e-6
 
 
+class _Spread:
+    """The standard deviation of every column of rows [n, width] that come in parts, in float64.
+
+    Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance", The American Statistician 1983.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean = self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """More rows [..., width]."""
+        rows = values.flatten(0, -2).double()
+        mean = rows.mean(dim=0)
+        off, count = mean - self._mean, self._count + len(rows)
+        self._squares = (self._squares + (rows - mean).square().sum(dim=0)
+                         + off.square() * (self._count * len(rows) / count))  # fmt: skip
+        self._mean, self._count = self._mean + off * (len(rows) / count), count
+
+    def std(self) -> Tensor:
+        """[width], float32."""
+        return (self._squares / (self._count - 1)).sqrt().float()
+
+
 @dataclass
 class _Seen:
-    """One call of an attention module: its arguments and what it gave."""
+    """What all calls of an attention module came to: how it is called, and how strong it and the mixing in its place
+    were. `form` says what is to be known of the replacement, or the "reason" why there is none."""
 
-    call: Call
-    given: Any
+    form: dict[str, Any]
+    mixing: FourierMixing | None
+    wanted: _Spread = field(default_factory=_Spread)
+    made: _Spread = field(default_factory=_Spread)
+    varies: bool = False  # its inputs have several lengths, of which the mixing was made for one
 
 
 def apply(source: Source, settings: Fnet, context: Context) -> tuple[Source, dict[str, Any]]:
@@ -45,15 +73,16 @@ def apply(source: Source, settings: Fnet, context: Context) -> tuple[Source, dic
     layers: list[dict[str, Any]] = []
     skipped = [{"layer": n, "reason": "not chosen by include and exclude"} for n in sites if n not in chosen]
     edits = []
-    for name, calls in seen.items():
-        edit = {"kind": "fourier", "layer": name} | _form(calls)
+    for name, site in seen.items():
+        edit = {"kind": "fourier", "layer": name} | site.form
         reason = edit.pop("reason", None)
         if reason or not name:
             skipped.append({"layer": name, "reason": reason or "it is the whole model"})
             continue
         before = sum(p.numel() for p in changed.module.get_submodule(name).parameters())
         mixing = FourierMixing(edit["width"], edit["tokens"], edit["keyword"], edit["outputs"])
-        mixing.gain = nn.Parameter(_gain(mixing, calls), requires_grad=False)
+        gain = site.wanted.std() / site.made.std().clamp(min=_FAINT)
+        mixing.gain = nn.Parameter(gain, requires_grad=False)
         replace_layer(changed.module, name, mixing)
         edits.append(edit)
         layers.append({"layer": name, "width": edit["width"], "tokens": edit["tokens"], "parameters_before": before,
@@ -65,10 +94,27 @@ def apply(source: Source, settings: Fnet, context: Context) -> tuple[Source, dic
     return with_module(changed, changed.module, edits=(*source.edits, *edits), masks=masks), report
 
 
-def _watch(source: Source, names: Sequence[str], samples: Sequence[dict[str, Tensor]]) -> dict[str, list[_Seen]]:
-    found: dict[str, list[_Seen]] = {name: [] for name in names}
+def _watch(source: Source, names: Sequence[str], samples: Sequence[dict[str, Tensor]]) -> dict[str, _Seen]:
+    """What is to be known of every named module that runs. Where inputs turn out to have several lengths the samples
+    are run once more, with a mixing that fits all of them."""
+    seen = _watch_once(source, names, samples, {})
+    varied = {name: {**site.form, "tokens": None} for name, site in seen.items() if site.varies}
+    return seen | _watch_once(source, list(varied), samples, varied) if varied else seen
+
+
+def _watch_once(
+    source: Source, names: Sequence[str], samples: Sequence[dict[str, Tensor]], forms: Mapping[str, dict[str, Any]]
+) -> dict[str, _Seen]:
+    found: dict[str, _Seen] = {}
+
+    def look(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
+        if name not in found:
+            form = forms.get(name) or _form((args, kwargs), given)
+            found[name] = _Seen(form, None if "reason" in form else FourierMixing(**form))
+        _add(found[name], (args, kwargs), given)
+
     handles = [source.module.get_submodule(name).register_forward_hook(
-        lambda m, args, kwargs, out, n=name: found[n].append(_Seen((args, kwargs), out)), with_kwargs=True)
+        lambda m, args, kwargs, out, n=name: look(n, args, kwargs, out), with_kwargs=True)
         for name in names]  # fmt: skip
     try:
         with plain_forward():
@@ -77,12 +123,24 @@ def _watch(source: Source, names: Sequence[str], samples: Sequence[dict[str, Ten
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {name: found[name] for name in names if name in found}
 
 
-def _form(seen: Sequence[_Seen]) -> dict[str, Any]:
+def _add(site: _Seen, call: Call, given: Any) -> None:
+    if site.mixing is None:
+        return
+    keyword = site.form["keyword"]
+    tokens = (call[0][0] if keyword is None else call[1][keyword]).shape[-2]
+    site.varies = site.varies or site.form["tokens"] not in (None, tokens)
+    if not site.varies:
+        made = site.mixing(*call[0], **call[1])
+        for spread, value in ((site.wanted, given), (site.made, made)):
+            spread.add(value[0] if isinstance(value, tuple) else value)
+
+
+def _form(call: Call, given: Any) -> dict[str, Any]:
     """What a replacement must know: width, tokens, keyword, outputs; or the reason why there is none."""
-    (args, kwargs), given = seen[0].call, seen[0].given
+    args, kwargs = call
     keyword = None if args else next((n for n, v in kwargs.items() if isinstance(v, Tensor)), None)
     first = args[0] if args else kwargs.get(keyword or "")
     outputs = len(given) if isinstance(given, tuple) else 0
@@ -96,18 +154,4 @@ def _form(seen: Sequence[_Seen]) -> dict[str, Any]:
     if any(isinstance(x, Tensor) and x is not first and x.shape == first.shape and not torch.equal(x, first)
            for x in (*args, *kwargs.values())):  # fmt: skip
         return {"reason": "it attends to another sequence"}
-    lengths = {(s.call[0][0] if keyword is None else s.call[1][keyword]).shape[-2] for s in seen}
-    return {"width": first.shape[-1], "tokens": lengths.pop() if len(lengths) == 1 else None, "keyword": keyword,
-            "outputs": outputs}  # fmt: skip
-
-
-def _gain(mixing: FourierMixing, seen: Sequence[_Seen]) -> Tensor:
-    """Per channel the standard deviation of what attention gave over that of what the mixing gives."""
-    wanted, given = [], []
-    with torch.no_grad():
-        for one in seen:
-            before = one.given[0] if isinstance(one.given, tuple) else one.given
-            made = mixing(*one.call[0], **one.call[1])
-            wanted.append(before.flatten(0, -2))
-            given.append((made[0] if isinstance(made, tuple) else made).flatten(0, -2))
-    return torch.cat(wanted).std(dim=0) / torch.cat(given).std(dim=0).clamp(min=_FAINT)
+    return {"width": first.shape[-1], "tokens": first.shape[-2], "keyword": keyword, "outputs": outputs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,7 +98,7 @@ def prune_by_block(
 
 
 def _walk(
-    pruned: Source, original: Source | None, names: list[str], samples: list[dict[str, Tensor]]
+    pruned: Source, original: Source | None, names: list[str], samples: Sequence[dict[str, Tensor]]
 ) -> Iterator[tuple[Block, Block | None]]:
     """The blocks, and beside each the same block of the model as it was, where the repair is to look at it."""
     blocks = walk_blocks(pruned, names, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ _ESCAPES = "its channels are part of the outputs"
 _ENOUGH = 4  # elements: attention over one token shows nothing
 
 
-def discover(source: Source, layers: dict[str, nn.Module], samples: list[dict[str, Tensor]]) -> tuple[
+def discover(source: Source, layers: dict[str, nn.Module], samples: Sequence[dict[str, Tensor]]) -> tuple[
     list[Group], dict[str, str]
 ]:  # fmt: skip
     """The groups that the matrix layers make, in the order of their makers, and why the others make none.
@@ -60,7 +61,7 @@ def kind(source: Source, group: Group) -> str:
     return "heads" if any(len(rows) > 1 for rows in group.outputs[0].values()) else "neurons"
 
 
-def _example(source: Source, samples: list[dict[str, Tensor]]) -> list[Tensor]:
+def _example(source: Source, samples: Sequence[dict[str, Tensor]]) -> list[Tensor]:
     """The smallest sample that is large enough for one position to look at another."""
     sizes = [max(t.numel() for n, t in s.items() if not n.startswith("past")) for s in samples]
     fit = [i for i, size in enumerate(sizes) if size >= _ENOUGH]
@@ -68,7 +69,7 @@ def _example(source: Source, samples: list[dict[str, Tensor]]) -> list[Tensor]:
     return [best[name] for name in source.signature.input_names]
 
 
-def _repeated(source: Source, samples: list[dict[str, Tensor]]) -> set[str]:
+def _repeated(source: Source, samples: Sequence[dict[str, Tensor]]) -> set[str]:
     """Names of the modules with weights that run more than once on some sample, as for a long text cut into parts."""
     named = {n: m for n, m in source.module.named_modules() if next(m.parameters(recurse=False), None) is not None}
     runs: Counter[str] = Counter()

@@ -35,7 +35,7 @@ _BATCHES = 16  # of training data, for the gradient
 
 
 def unit_scores(
-    source: Source, groups: Sequence[Group], settings: Structured, samples: list[dict[str, Tensor]]
+    source: Source, groups: Sequence[Group], settings: Structured, samples: Sequence[dict[str, Tensor]]
 ) -> list[Tensor | None]:
     """float64 [units] per group; None where the order only follows from removing one after the other."""
     if settings.importance == "reconstruction":
@@ -48,7 +48,7 @@ def unit_scores(
 
 
 def losses(
-    source: Source, groups: Sequence[Group], settings: Structured, samples: list[dict[str, Tensor]],
+    source: Source, groups: Sequence[Group], settings: Structured, samples: Sequence[dict[str, Tensor]],
     weighing: Mapping[str, Weighing] = NOTHING,
 ) -> list[list[float]]:  # fmt: skip
     """What removing one unit after the other costs each group, as a share of its whole: to compare groups."""
@@ -64,7 +64,7 @@ def losses(
 
 
 def all_readings(
-    source: Source, groups: Sequence[Group], samples: list[dict[str, Tensor]],
+    source: Source, groups: Sequence[Group], samples: Sequence[dict[str, Tensor]],
     weighing: Mapping[str, Weighing] = NOTHING,
 ) -> list[list[Reading]]:  # fmt: skip
     """What every group's readers see in the model as it is."""

@@ -8,7 +8,7 @@ the makers to their old outputs, the readers to the old sums that they add to. N
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from deploytool.compress.prune.tables import Structured
 from deploytool.compress.prune.units import Group
 from deploytool.compress.prune.weighing import Weighing, weigh_errors
 from deploytool.compress.select import select
+from deploytool.compress.shelf import Shelf
 from deploytool.compress.step import Context
 from deploytool.errors import UsageProblem
 from deploytool.load.resize import keep, set_number, sizes
@@ -124,7 +125,7 @@ def _chosen(source: Source, groups: list[Group], settings: Structured, skipped: 
 
 
 def _weighing(
-    source: Source, groups: list[Group], settings: Structured, samples: list[dict[str, Tensor]]
+    source: Source, groups: list[Group], settings: Structured, samples: Sequence[dict[str, Tensor]]
 ) -> dict[str, Weighing]:
     if settings.weigh == "alike":
         return {}
@@ -133,7 +134,7 @@ def _weighing(
 
 
 def _counts(
-    source: Source, groups: list[Group], settings: Structured, samples: list[dict[str, Tensor]],
+    source: Source, groups: list[Group], settings: Structured, samples: Sequence[dict[str, Tensor]],
     weighing: Mapping[str, Weighing],
 ) -> list[int]:  # fmt: skip
     """How many units each group gives up."""
@@ -145,7 +146,7 @@ def _counts(
 
 
 def _stages(
-    pruned: Source, source: Source, removals: list[Removal], samples: list[dict[str, Tensor]]
+    pruned: Source, source: Source, removals: list[Removal], samples: Sequence[dict[str, Tensor]]
 ) -> Iterator[tuple[Block, Block, list[Removal]]]:
     """Blocks of the model that is pruned and of the uncompressed one, with the groups in them.
 
@@ -165,10 +166,10 @@ def _stages(
         yield _whole(pruned, readers, samples), _whole(source, readers, samples), [removal]
 
 
-def _whole(source: Source, layers: list[str], samples: list[dict[str, Tensor]]) -> Block:
+def _whole(source: Source, layers: list[str], samples: Sequence[dict[str, Tensor]]) -> Block:
     """The whole model as one block; its calls are the samples."""
     held = {n: source.module.get_submodule(n) for n in layers}
-    return Block("", source.module, held, [((), dict(sample)) for sample in samples])
+    return Block("", source.module, held, Shelf((((), dict(sample)) for sample in samples), expected=len(samples)))
 
 
 def _remove(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deploytool.compress.blocks import check_finite
 from deploytool.compress.calls import plain_forward
 from deploytool.compress.matrices import matrix, output_rows
+from deploytool.compress.shelf import Shelf
 from deploytool.errors import UsageProblem, nearest
 from deploytool.source import Source
 
@@ -34,7 +35,7 @@ class Weighing:
     """root: R [out, out], float64; rows: for every sample the weights of the layer's output rows, 1 in the mean."""
 
     root: Tensor
-    rows: list[Tensor]
+    rows: Sequence[Tensor]
 
 
 def weigh_errors(
@@ -52,7 +53,7 @@ def weigh_errors(
     chosen = [name in (named or floats) for name in source.signature.output_names]
     held = {name: source.module.get_submodule(name) for name in layers}
     squares = {name: torch.zeros(2 * (matrix(layer).shape[0],), dtype=torch.float64) for name, layer in held.items()}
-    energies: dict[str, list[Tensor]] = {name: [] for name in held}
+    energies: dict[str, Shelf[Tensor]] = {name: Shelf(expected=len(samples)) for name in held}
     generator = torch.Generator().manual_seed(0)
     for sample in samples:
         found = _slopes(source, held, sample, chosen, generator)
@@ -118,7 +119,6 @@ def _root(square: Tensor) -> Tensor:
     return root
 
 
-def _relative(energies: list[Tensor]) -> list[Tensor]:
-    roots = [energy.sqrt() for energy in energies]
-    mean = torch.cat(roots).mean()
-    return [root / mean for root in roots]
+def _relative(energies: Sequence[Tensor]) -> Shelf[Tensor]:
+    mean = torch.cat([energy.sqrt() for energy in energies]).mean()  # one number for each row: little beside the rows
+    return Shelf((energy.sqrt() / mean for energy in energies), expected=len(energies))
