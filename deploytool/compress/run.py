@@ -26,7 +26,7 @@ from deploytool.load.model import open_source
 from deploytool.load.resolve import COMPRESSED
 from deploytool.source import ModelRef, Source
 from deploytool.storage import refuse_existing
-from deploytool.train.parallel import first_process, wait_for_all
+from deploytool.train.parallel import first_process, from_first, refuse_unshared, wait_for_all
 
 SCHEMA_VERSION = "1.0"
 
@@ -47,6 +47,8 @@ def compress(
     """
     if not recipe.steps:
         raise UsageProblem("DT204", f"{recipe.where} must hold at least one [[compress]] table (got none)")
+    if recipe.training.checkpoints is not None:
+        refuse_unshared(Path(recipe.training.checkpoints))
     if original is None:
         original = source if source.original is None else open_source(source.original)
     if evaluate and recipe.quality.max_drop is not None and original.evaluate is None:
@@ -108,10 +110,11 @@ def compress_job(
         raise CheckFailed("DT104", f"no metric may drop by more than {recipe.quality.max_drop:g} of its value (got "
                           f"{_drops(report['quality']['drops'])})",
                           fix="compress less, train longer, or raise [quality] max_drop")  # fmt: skip
+    stored = None
     if first_process():
         save_compressed(compressed, original, report, Path(out), overwrite=overwrite)
-    wait_for_all()
-    return {**report, "stored_bytes": (Path(out) / WEIGHTS).stat().st_size, "output": out}
+        stored = (Path(out) / WEIGHTS).stat().st_size
+    return {**report, "stored_bytes": from_first(stored), "output": out}  # other machines may not see the folder
 
 
 def measure(source: Source, evaluate: bool = True) -> dict[str, Any]:

@@ -11,10 +11,12 @@ A single process trains plainly whatever is asked for.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from deploytool.train.schedule import Parallel
 
 try:
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
 except ImportError as error:
     raise EnvironmentLacking("DT401", f"training must be able to import accelerate (got: {error})",
                              fix="pip install 'deploytool[train]'") from error  # fmt: skip
@@ -69,12 +72,50 @@ def device() -> torch.device:
 
 def first_process() -> bool:
     """Whether this process is the one that writes files; True where there is only one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or _state().process_index == 0
+    return _alone() or _state().process_index == 0
 
 
 def wait_for_all() -> None:
     """Go on when all processes are here."""
     _state().wait_for_everyone()
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has in the place of this one's value; every process must ask."""
+    return value if _alone() else broadcast_object_list([value])[0]
+
+
+def refuse_unshared(folder: Path) -> None:
+    """Raise EnvironmentLacking in all processes where one does not see what the first writes into `folder`.
+
+    Every process must ask. On machines without a common disk some would go on from a checkpoint and others begin.
+    """
+    if _alone():
+        return
+    held: tuple[Path | None, str] = (None, "")
+    if first_process():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, path = tempfile.mkstemp(dir=folder, prefix=".deploytool-seen-")
+            os.close(handle)
+            held = Path(path), ""
+        except OSError as error:  # told to all: the others wait for it
+            held = None, error.strerror or type(error).__name__
+    written, problem = from_first((None if held[0] is None else held[0].name, held[1]))
+    seen = gather_object([written is not None and (folder / written).exists()])
+    if held[0] is not None:
+        held[0].unlink(missing_ok=True)
+    if problem:
+        raise EnvironmentLacking("DT403", f"{folder} must be writable (got: {problem})")
+    if not all(seen):
+        raise EnvironmentLacking("DT403", f"checkpoints must lie where all processes see them (got {folder}, of which "
+                                 f"{seen.count(False)} of {len(seen)} do not see what the first one writes)",
+                                 fix="let [training] checkpoints name a folder on a disk that the machines share, or "
+                                     "leave it out")  # fmt: skip
+
+
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from deploytool.compress.recipe import parse_recipe
 from deploytool.compress.run import compress
-from deploytool.load.compressed import open_compressed
+from deploytool.load.compressed import WEIGHTS, open_compressed
 from deploytool.load.model import open_source
 from deploytool.source import ModelRef
 
@@ -58,3 +59,40 @@ def test_two_processes_write_what_one_does(starter: str, tiny_ref: ModelRef, tmp
         "step": "finetune", "epochs": 3, "learning_rate": 0.01, "accumulate": 2}]}, text, where="one"))  # fmt: skip
     for name, weight in one.module.named_parameters():
         torch.testing.assert_close(two.module.get_parameter(name), weight, atol=1e-5, rtol=0)
+
+
+def _on_two_machines(tmp_path: Path, model: str, recipe: str) -> list[subprocess.CompletedProcess[str]]:
+    """The command in two processes that stand in folders of their own, where relative paths mean other disks."""
+    (tmp_path / "recipe.toml").write_text(recipe)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RANK": str(rank),
+                       "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}  # fmt: skip
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "deploytool", "compress", model, "--recipe", str(tmp_path / "recipe.toml"), "-o",
+             "out", "--json", "-q"], cwd=tmp_path / str(rank), env=environment, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ))  # fmt: skip
+    told = [process.communicate(timeout=120) for process in started]
+    return [subprocess.CompletedProcess(p.args, p.returncode, *t) for p, t in zip(started, told, strict=True)]
+
+
+def test_machines_without_a_common_disk_write_one_folder(tiny_ref: ModelRef, tmp_path: Path) -> None:
+    """Both must end well, with the folder where the first one stands and nothing where the other does."""
+    recipe = RECIPE.format(more="").partition("[training]")[0]
+    first, second = _on_two_machines(tmp_path, tiny_ref.path, recipe)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    stored = (tmp_path / "0" / "out" / WEIGHTS).stat().st_size
+    assert json.loads(first.stdout)["stored_bytes"] == stored and not (tmp_path / "1" / "out").exists()
+
+
+def test_checkpoints_that_not_all_machines_see_are_refused(tiny_ref: ModelRef, tmp_path: Path) -> None:
+    """Both must end at once, as the environment's fault, and leave no trace where they looked."""
+    first, second = _on_two_machines(tmp_path, tiny_ref.path, RECIPE.format(more=""))
+    assert (first.returncode, second.returncode) == (4, 4), first.stderr + second.stderr
+    assert "1 of 2 do not see" in first.stderr + first.stdout and not list((tmp_path / "0" / "kept").iterdir())
