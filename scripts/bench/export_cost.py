@@ -10,6 +10,10 @@ cannot live beside transformers 5, so it gets an environment of its own:
 
 MODEL is what deploytool gets, FOLDER the same model as a Hugging Face folder for optimum. For a GGUF file,
 `--gguf FILE` writes that folder first, outside the measurement, and both sides get it.
+
+A last export of deploytool's notes what each of its processes imports. `memory` tells how much of the peak processes
+that do nothing but import the same hold, and how much the export adds to that, as a multiple of the fp32 weights too.
+`--memory-only` takes just this, without optimum.
 """
 
 from __future__ import annotations
@@ -32,6 +36,23 @@ PEER = ("torch==2.13.0", "transformers==4.57.6", "optimum==2.1.0", "optimum-onnx
         "onnxruntime==1.31.1", "accelerate==1.15.0", "gguf")  # fmt: skip
 SAMPLE_SECONDS = 0.02
 _PAGE_BYTES = resource.getpagesize()
+# In every Python process that finds it: each module that is looked for, with the process that does, in a file.
+_NOTE_IMPORTS = """
+import os, sys
+class Noted:
+    file = os.open(os.environ["NOTED_IMPORTS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def find_spec(name, path=None, target=None):
+        os.write(Noted.file, f"{os.getpid()} {name}\\n".encode())
+sys.meta_path.insert(0, Noted)
+"""
+_ONLY_IMPORT = """
+import contextlib, importlib, sys
+for name in sys.stdin.read().split():
+    with contextlib.suppress(BaseException):
+        importlib.import_module(name)
+lines = open("/proc/self/status").read().splitlines()
+print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+"""
 
 
 @dataclass(frozen=True)
@@ -49,28 +70,33 @@ def measure(command: list[str], output: Path, log: Path) -> Cost:
     """Run a command to its end, with the cache beside its output; raises RuntimeError with its log when it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    with log.open("wb") as sink:
-        environment = _environment(output.parent / "cache")
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment)
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, _tree_rss(process.pid))
-            time.sleep(SAMPLE_SECONDS)
+    peak = _peak(command, _environment(output.parent / "cache"), log)
     wall = time.perf_counter() - started
-    if process.returncode != 0:
-        tail = log.read_text()[-3000:]
-        raise RuntimeError(f"{command[0]} must succeed (got exit code {process.returncode}):\n{tail}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return Cost(wall, cpu, peak, size)
+    return Cost(wall, cpu, sum(peak.values()), size)
+
+
+def _peak(command: list[str], environment: dict[str, str], log: Path) -> dict[int, int]:
+    """Run it to its end: the resident bytes of each of its processes when they hold the most together."""
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment)
+        peak: dict[int, int] = {}
+        while process.poll() is None:
+            peak = max(peak, _tree_rss(process.pid), key=lambda found: sum(found.values()))
+            time.sleep(SAMPLE_SECONDS)
+    if process.returncode != 0:
+        tail = log.read_text()[-3000:]
+        raise RuntimeError(f"{command[0]} must succeed (got exit code {process.returncode}):\n{tail}")
+    return peak
 
 
 def _environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "DEPLOYTOOL_CACHE": str(cache)}
 
 
-def _tree_rss(pid: int) -> int:
+def _tree_rss(pid: int) -> dict[int, int]:
     """Resident bytes of a process and its descendants, from /proc: walking the whole process table would take a tenth
     of a core, and from what is measured."""
     folder = Path(f"/proc/{pid}")
@@ -78,8 +104,39 @@ def _tree_rss(pid: int) -> int:
         pages = int((folder / "statm").read_text().split()[1])
         children = [child for task in (folder / "task").iterdir() for child in (task / "children").read_text().split()]
     except (OSError, ValueError, IndexError):
-        return 0  # it ended
-    return pages * _PAGE_BYTES + sum(map(_tree_rss, map(int, children)))
+        return {}  # it ended
+    found = {pid: pages * _PAGE_BYTES}
+    for child in children:
+        found |= _tree_rss(int(child))
+    return found
+
+
+def memory(command: list[str], output: Path) -> dict[str, Any]:
+    """What the processes of an export hold at their peak, what those hold that only import the same, and the rest."""
+    work = output.parent
+    (work / "note").mkdir()
+    (work / "note" / "sitecustomize.py").write_text(_NOTE_IMPORTS)
+    paths = [str(work / "note"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    noted = {"PYTHONPATH": os.pathsep.join(paths), "NOTED_IMPORTS": str(work / "imports")}
+    peak = _peak(command, _environment(work / "cache") | noted, work / "memory.log")
+    lines = [line.split() for line in (work / "imports").read_text().splitlines()]
+    parts = []
+    for pid, held in peak.items():
+        names = "\n".join(dict.fromkeys(name for one, name in lines if int(one) == pid and name != "sitecustomize"))
+        done = subprocess.run([sys.executable, "-c", _ONLY_IMPORT], input=names, capture_output=True, text=True,
+                              env=_environment(work / "cache"), check=True)  # fmt: skip
+        # One that holds less than its imports take has not come to all of them yet.
+        parts.append({"peak_bytes": held, "imports_bytes": min(held, int(done.stdout.split()[-1]))})
+    sums = {key: sum(part[key] for part in parts) for key in ("peak_bytes", "imports_bytes")}
+    added, weights = sums["peak_bytes"] - sums["imports_bytes"], _weight_bytes(output)
+    return {**sums, "added_bytes": added, "weight_bytes": weights, "peak_per_weights": sums["peak_bytes"] / weights,
+            "added_per_weights": added / weights, "processes": parts}  # fmt: skip
+
+
+def _weight_bytes(output: Path) -> int:
+    """Bytes of the model's weights in fp32, as the cache that lies beside the output has them."""
+    kept = next((output.parent / "cache").rglob("prepared.json"))
+    return int(json.loads(kept.read_text())["weight_bytes"])
 
 
 def make_environment(folder: Path) -> None:
@@ -101,12 +158,17 @@ def folder_from_gguf(python: Path, gguf: Path, folder: Path) -> None:
 def commands(args: argparse.Namespace, folder: Path, out: Path) -> dict[str, list[str]]:
     """The two command lines; both get the same weights."""
     peer = args.optimum_python / "bin" / "optimum-cli"
-    options = [] if args.quality else ["--no-quality"]
     return {
-        "deploytool": [sys.executable, "-m", "deploytool", "export", str(args.model or folder), "--target", args.target,
-                       "-o", str(out), "--no-bench", "--json", *options],
+        "deploytool": ours(args, folder, out),
         "optimum": [str(peer), "export", "onnx", "--task", args.task, "--model", str(folder), str(out)],
-    }  # fmt: skip
+    }
+
+
+def ours(args: argparse.Namespace, folder: Path, out: Path) -> list[str]:
+    """deploytool's command line."""
+    options = [] if args.quality else ["--no-quality"]
+    return [sys.executable, "-m", "deploytool", "export", str(args.model or folder), "--target", args.target,
+            "-o", str(out), "--no-bench", "--json", *options]  # fmt: skip
 
 
 def compare(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, Any]:
@@ -156,19 +218,24 @@ def main() -> int:
     parser.add_argument("--task", default="feature-extraction", help="optimum's task (default: %(default)s)")
     parser.add_argument("--target", default="ort", help="deploytool's target (default: %(default)s)")
     parser.add_argument("--quality", action="store_true", help="let deploytool check the task metric and decoding too")
+    parser.add_argument("--memory-only", action="store_true", help="only what the peak of the memory is made of")
     parser.add_argument("--runs", type=int, default=3, help="measured pairs, after one that warms up")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where outputs may be written")
     args = parser.parse_args()
     if args.make_env:
         make_environment(args.make_env)
         return 0
-    if not args.optimum_python or not (args.folder or args.gguf):
-        parser.error("--optimum-python and one of --folder and --gguf must be given")
+    if not (args.optimum_python or args.memory_only) or not (args.folder or args.gguf):
+        parser.error("--optimum-python or --memory-only, and one of --folder and --gguf, must be given")
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         folder = args.folder or Path(work) / "model"
         if args.gguf:
-            folder_from_gguf(args.optimum_python / "bin" / "python", args.gguf, folder)
-        result = compare(args, folder, Path(work))
+            python = args.optimum_python / "bin" / "python" if args.optimum_python else Path(sys.executable)
+            folder_from_gguf(python, args.gguf, folder)
+        result = {} if args.memory_only else compare(args, folder, Path(work))
+        with tempfile.TemporaryDirectory(dir=work) as out:
+            target = Path(out) / "artifact"
+            result["memory"] = memory(ours(args, folder, target), target)
     machine = {"processor": platform.processor() or platform.machine(), "logical_cpus": os.cpu_count(),
                "load_average_1min": os.getloadavg()[0]}  # fmt: skip
     report = {"schema_version": "1.0", "model": str(args.model or folder), "machine": machine, **result}
