@@ -87,7 +87,7 @@ def apply(source: Source, settings: Fnet, context: Context) -> tuple[Source, dic
         edits.append(edit)
         layers.append({"layer": name, "width": edit["width"], "tokens": edit["tokens"], "parameters_before": before,
                        "parameters_after": edit["width"]})  # fmt: skip
-        context.progress(f"fnet: {name}")
+        context.progress(f"fnet: {name} ({len(edits)} of {len(seen)} modules)")
     left = set(dict(changed.module.named_parameters()))
     masks = {name: mask for name, mask in source.masks.items() if name in left}
     report = {"layers": layers, "skipped": skipped}

@@ -76,7 +76,7 @@ def apply(source: Source, settings: Svd, context: Context) -> tuple[Source, dict
     ranks = _budgeted(source, names, settings, samples, context) if settings.budget else {}
     layers, edits = [], []
     masks = dict(source.masks)
-    for spectrum in _spectra(changed, names, settings, samples, skipped, source):
+    for number, spectrum in enumerate(_spectra(changed, names, settings, samples, skipped, source), start=1):
         name = spectrum.name
         rows, columns = _linear(changed.module, name).weight.shape
         rank = ranks[name] if settings.budget else _rank(spectrum.s, rows, columns, settings)
@@ -86,7 +86,7 @@ def apply(source: Source, settings: Svd, context: Context) -> tuple[Source, dict
         edits.append({"kind": "linear_pair", "layer": name, "rank": rank})
         zeros_lost = masks.pop(f"{name}.weight", None) is not None  # a product of factors is dense
         layers.append({**_put(changed.module, spectrum, rank), "zeros_lost": zeros_lost})
-        context.progress(f"svd: {name} has rank {rank}")
+        context.progress(f"svd: {name} has rank {rank} ({number} of {len(names)} layers)")
     report = {"layers": layers, "skipped": skipped, "samples": len(samples)}
     return with_module(changed, changed.module, edits=(*source.edits, *edits), masks=masks), report
 
@@ -133,14 +133,16 @@ def _budgeted(
     """
     share = settings.budget or 0.0
     changed = OutputChange(source, samples)
-    found, losses, shapes = [], [], []
+    found: list[str] = []
+    losses, shapes = [], []
     for spectrum in _spectra(source, names, settings.model_copy(update={"reconstruct": False}), samples, []):
         layer = _linear(source.module, spectrum.name)
         rows, columns = layer.weight.shape
         rank = min(rank_for_keep(rows, columns, share), len(spectrum.s))
         loss = tail_energy(spectrum.s)
         effect = changed.with_weight(layer, spectrum.weight(rank))
-        context.progress(f"svd: {spectrum.name} at rank {rank} changes the outputs by {effect:.3g}")
+        context.progress(f"svd: {spectrum.name} at rank {rank} changes the outputs by {effect:.3g} "
+                         f"({len(found) + 1} of {len(names)} layers measured)")  # fmt: skip
         found.append(spectrum.name)
         losses.append(loss * (effect / max(float(loss[rank]), 1e-30)))
         shapes.append((rows, columns))

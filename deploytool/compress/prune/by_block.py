@@ -91,7 +91,7 @@ def prune_by_block(
                 layers.append({**zeros_report(key, matrix(module)), **done.told})
                 ran.add(name)
         skipped += [{"layer": n, "reason": "it did not run on the samples"} for n in block.layers if n not in ran]
-        context.progress(f"{settings.step}: {block.name or 'the model'}")
+        context.progress(f"{settings.step}: {block.name or 'the model'} ({len(layers)} of {len(names)} layers)")
     finished = with_module(pruned, pruned.module, masks=masks, encodings=encodings)
     told = {"precision": turns.precision} if measure is gram else {}
     return finished, {"layers": layers, "skipped": skipped, **told}

@@ -93,7 +93,8 @@ def apply(source: Source, settings: Structured, context: Context) -> tuple[Sourc
             _shrink_masks(masks, removal)
             told.append(_told(removal))
             context.progress(f"structured: {removal.count} of {len(removal.group)} {removal.kind} of "
-                             f"{', '.join(removal.group.makers)} removed")  # fmt: skip
+                             f"{', '.join(removal.group.makers)} removed "
+                             f"({len(told)} of {len(removals)} groups)")  # fmt: skip
     if not told:
         raise UsageProblem("DT204", "units must be removable from the model (none were)",
                            detail=[f"{entry['layer']}: {entry['reason']}" for entry in skipped[-20:]])  # fmt: skip

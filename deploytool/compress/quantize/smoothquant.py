@@ -49,7 +49,7 @@ def apply(source: Source, settings: SmoothQuant, context: Context) -> tuple[Sour
     layers: list[dict[str, Any]] = []
     for block in walk_blocks(work, chosen, context.samples(source)):
         layers += _smooth(block, settings.alpha, folder)
-        context.progress(f"smoothquant: {block.name or 'the model'} ({len(layers)} layers)")
+        context.progress(f"smoothquant: {block.name or 'the model'} ({len(layers)} of {len(chosen)} layers)")
     skipped += folder.reasons
     refuse_none("smoothquant", layers, skipped)
     return work, {"layers": layers, "skipped": skipped}
