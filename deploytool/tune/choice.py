@@ -42,13 +42,22 @@ class Standings:
         """The trials, the quickest in a bucket first; all of them raced with the anchor."""
         return sorted(trials, key=lambda t: -center(self.in_bucket(t, anchor, bucket)))
 
-    def choice(self, entrants: Sequence[Trial], plains: Sequence[Trial]) -> Trial | None:
-        """The best entrant; `plains` are the best plain one of all buckets together, then that of each, or nothing.
+    def able(
+        self, trials: Sequence[Trial], plains: Sequence[Trial], fit: Callable[[Trial], bool] = lambda trial: True
+    ) -> list[Trial]:
+        """Those that in no bucket lose to its own best plain one; where none of them fits, to the best of all buckets.
 
-        Where every entrant has a bucket in which it loses to that one's own, the first is the measure in all of them.
+        `plains` are the best plain one of all buckets together, then that of each, or nothing.
         """
-        left = [t for t in entrants if not self.loses(t, plains[1:])]
-        left = left or [t for t in entrants if not self.loses(t, [*plains[:1]] * self.buckets)]
+        for measure in (plains[1:], [*plains[:1]] * self.buckets):
+            able = [t for t in trials if not self.loses(t, measure)]
+            if any(map(fit, able)):
+                return able
+        return []
+
+    def choice(self, entrants: Sequence[Trial], plains: Sequence[Trial]) -> Trial | None:
+        """The best of the able entrants; of `plains`, as `able` takes them, one that is as quick."""
+        left = self.able(entrants, plains)
         if not left:
             return None
         best = min(left, key=value_of)

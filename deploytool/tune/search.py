@@ -314,10 +314,9 @@ class Search:
     def _near(self, near: float) -> list[Trial]:
         """Those that keep the quality and are so near to the best of them, at most as many as can be open at once.
 
-        What surely loses somewhere to the best plain one on average can win no more, and is no measure either.
+        What surely loses somewhere to the best plain one can win no more, and is no measure either.
         """
-        average = self._plains(self.trials.values())[:1]
-        able = [t for t in self.valued() if not self._standings().loses(t, average * len(self.cases))]
+        able = self._standings().able(self.valued(), self._plains(self.trials.values()), self.fit)
         if (best := next(filter(self.fit, able), None)) is None:
             return []
         close = distinct([t for t in able if value_of(t) - value_of(best) <= near], self.key)
