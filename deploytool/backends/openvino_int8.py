@@ -41,17 +41,7 @@ def quantize(model: ov.Model, request: Request, options: tables.OpenVinoBuild) -
     if not feeds:
         raise InputRefused("DT303", "calibration must have at least one sample (got none)")
     kept = [*_checked(options.exclude, model), *_kept(model, request, options)]
-    best: tuple[float, str, str, ov.Model] | None = None
-    reference = _outputs(model, feeds)
-    for ranges, scheme in itertools.product(_ranges(len(feeds)), _schemes(model, options)):
-        quantized = _quantize(model.clone(), feeds, options, scheme, kept, ranges)
-        loss = max(map(sensitivity.sample_loss, reference, _outputs(quantized, feeds, _QUANTIZED)))
-        if best is None or loss < best[0]:
-            best = (loss, scheme, ranges, quantized)
-        if loss <= _GOOD_ENOUGH_SHARE * (1.0 - request.target.parity.cosine_min):
-            break
-    assert best is not None  # there is at least one scheme
-    _, scheme, ranges, quantized = best
+    scheme, ranges, quantized = _best(model, request, options, feeds, kept)
     if options.max_drop is not None:
         metric = metric_of(request, lambda candidate: _opened(candidate, request))
         quantized = _quantize(model.clone(), feeds, options, scheme, kept, ranges, metric)
@@ -62,6 +52,36 @@ def quantize(model: ov.Model, request: Request, options: tables.OpenVinoBuild) -
     done = {"scheme": scheme, "ranges": ranges, "kept_fp32": kept, "calibration_feeds": len(feeds),
             "quantizers": count, "weight_bits": 7, "max_drop": options.max_drop}  # fmt: skip
     return quantized, done
+
+
+def _best(
+    model: ov.Model, request: Request, options: tables.OpenVinoBuild, feeds: list[Feeds], kept: list[str]
+) -> tuple[str, str, ov.Model]:
+    """Scheme, ranges and model of the first that is good enough, else of the one that loses least.
+
+    What the engine does not take is passed over, as the plain scheme of Fourier mixing; BackendFailed where it takes
+    none.
+    """
+    best: tuple[float, str, str, ov.Model] | None = None
+    refused: BackendFailed | None = None
+    reference = _outputs(model, feeds)
+    for ranges, scheme in itertools.product(_ranges(len(feeds)), _schemes(model, options)):
+        quantized = _quantize(model.clone(), feeds, options, scheme, kept, ranges)
+        try:
+            outputs = _outputs(quantized, feeds, _QUANTIZED)
+        except BackendFailed as error:
+            refused = error
+            continue
+        # Of all numbers of a feed, in which large samples count for more, and of the worst one alone.
+        loss = max(max(map(of, reference, outputs)) for of in (sensitivity.output_loss, sensitivity.sample_loss))
+        if best is None or loss < best[0]:
+            best = (loss, scheme, ranges, quantized)
+        if loss <= _GOOD_ENOUGH_SHARE * (1.0 - request.target.parity.cosine_min):
+            break
+    if best is None:
+        assert refused is not None  # there is at least one scheme
+        raise refused
+    return best[1:]
 
 
 def _opened(candidate: ov.Model | ov.CompiledModel, request: Request) -> CompiledRunner:
@@ -75,7 +95,7 @@ def _schemes(model: ov.Model, options: tables.OpenVinoBuild) -> list[str]:
         return [options.scheme]
     # Without attention the transformer scheme is the plain one with less in int8 beside the products: MobileNetV2 and
     # ConvNeXt with random weights lose 0.19 and 0.02 of the cosine by the plain one, and below 0.01 by this.
-    return ["transformer", "unsmoothed"] if has_attention(model) else ["plain", "transformer"]
+    return ["transformer", "unsmoothed"] if has_attention(model) else ["plain", "transformer", "unsmoothed"]
 
 
 def _ranges(feeds: int) -> list[str]:

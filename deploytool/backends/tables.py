@@ -203,7 +203,7 @@ class OpenVinoBuild(KeepFp32):
     scheme                "transformer" leaves softmax and norms alone and moves outliers from activations to weights;
                           "unsmoothed" does not move them; "plain" quantizes everything; "auto" takes the ranges that
                           the model has learned; else, by the loss on the calibration feeds, of the first two where the
-                          graph holds attention, and of the first and the last elsewhere
+                          graph holds attention, and of all three elsewhere
     preset                "mixed": asymmetric activations; "performance": symmetric ones
     calibration_samples   how many calibration feeds NNCF reads
     max_drop              of int8: the share of the model's first metric that may be lost, by its own evaluate(): layers
