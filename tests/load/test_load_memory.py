@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deploytool.load import memory
-from deploytool.load.memory import drop_pages, give_back, on_disk, share_arena
+from deploytool.load.memory import drop_pages, give_back, on_disk
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the means")
 
@@ -68,5 +68,4 @@ def test_giving_back_changes_nothing() -> None:
     """What is in use must stay as it is."""
     tensor = torch.arange(1000)
     give_back()
-    share_arena()
     assert torch.equal(tensor, torch.arange(1000))
